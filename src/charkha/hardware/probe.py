@@ -1,0 +1,49 @@
+"""What this machine is: processor, memory, GPU. Reads only; torch is asked in the backend, which may import it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The machine without its GPUs."""
+
+    system: str
+    processor: str
+    physical_cores: int
+    ram_bytes: int
+    python: str
+
+
+def probe_host() -> HostFacts:
+    """Facts of the host, for provenance and messages."""
+    import psutil
+
+    return HostFacts(
+        system=f"{platform.system()} {platform.release()}",
+        processor=_processor_name(),
+        physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        ram_bytes=psutil.virtual_memory().total,
+        python=platform.python_version(),
+    )
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process ever had (ru_maxrss: KiB on Linux, bytes on macOS)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
