@@ -1,0 +1,233 @@
+"""Rows to token sequences that say of each token whether it is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from charkha.data.encoded import EncodedCounts, EncodedRow, EncodedSet
+from charkha.data.formats import raise_for_reports
+from charkha.data.jinja_sandbox import FIXED_DATE
+from charkha.data.joint import encode_guarded, guard_turns, restore
+from charkha.data.overlong import Overlong, fit_row
+from charkha.data.render import Rendered, TrainOn, end_of_turn, render_prompt, render_row
+from charkha.data.rows import ChatRow, PromptRow, Row, Turn
+from charkha.data.templates import ChatTemplate
+from charkha.data.tokenizer import Encoding, Tokenizer
+from charkha.errors import DataError, FileProblems, Problem
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Rows are tokenized some hundred at a time: enough for every thread, little enough to keep memory flat.
+_BATCH_ROWS = 512
+
+
+@lru_cache(maxsize=8)
+def end_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
+    """Every token on which an answer ends: the tokenizer's, the model's, and the template's end of turn."""
+    text = "" if template is None else end_of_turn(template, tokenizer.special)
+    token = tokenizer.token_id(text) if text else None
+    return tokenizer.end_ids if token is None else tokenizer.end_ids | {token}
+
+
+def encode_row(
+    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn = "responses"
+) -> EncodedRow:
+    """One row's tokens, whatever their number. Raises DataError where the template refuses the row."""
+    return encode_row_with_texts(row, tokenizer, template, train_on)[0]
+
+
+def encode_row_with_texts(
+    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn = "responses"
+) -> tuple[EncodedRow, tuple[str, ...]]:
+    """The encoded row and the characters each token stands for.
+
+    Together the texts are the rendered text. A token that continues a character begun by an earlier one has none.
+    """
+    prepared = _prepare(row, tokenizer, template, train_on)
+    encoding = _encode_prepared([prepared], tokenizer)[0]
+    text = _real_rendering(prepared).text
+    reached = np.concatenate([[0], np.maximum.accumulate(encoding.offsets[:, 1])])
+    starts = np.maximum(encoding.offsets[:, 0], reached[:-1])
+    texts = tuple(text[start:stop] for start, stop in zip(starts, encoding.offsets[:, 1], strict=True))
+    return _finish(prepared, encoding, end_ids(tokenizer, template)), texts
+
+
+def encode_prompt(
+    prompt: str | Sequence[Turn], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> NDArray[np.int32]:
+    """Token ids to generate from: what a row with this prompt begins with, up to the first trained token."""
+    if isinstance(prompt, str):
+        rendered = render_prompt(prompt, template, tokenizer.special)
+        ids, _ = tokenizer.encode(rendered.text, rendered.add_special_tokens)
+        return ids[:-1] if tokenizer.special.appends_eos else ids
+    guarded = guard_turns(prompt, tokenizer)
+    rendered = render_prompt(guarded.turns, template, tokenizer.special)
+    if guarded.words:
+        return encode_guarded(rendered, guarded.words, tokenizer).ids
+    return tokenizer.encode(rendered.text, rendered.add_special_tokens)[0]
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    train_on: TrainOn = "responses",
+    max_length: int | None = None,
+    overlong: Overlong = "error",
+    source: str = "data",
+) -> EncodedSet:
+    """All rows, in their order; `max_length` None sets no limit.
+
+    Raises DataError with every row that the template refuses, that is too long (`overlong="error"`), or in which
+    nothing is trained; `source` is the file named there. What is cut or left out is counted in the notes.
+    """
+    problems: list[Problem] = []
+    kept: list[EncodedRow] = []
+    tally: Counter[str] = Counter()
+    for row, encoded in _encoded(rows, tokenizer, template, train_on, problems):
+        fitted = fit_row(encoded, row, max_length, overlong)
+        kept.extend(fitted.rows)
+        if fitted.problem is not None:
+            problems.append(fitted.problem)
+        if fitted.fate is not None:
+            tally[fitted.fate] += 1
+        tally.update(_particulars(row, encoded, tokenizer))
+    if problems:
+        problems.sort(key=lambda problem: problem.line or 0)
+        raise_for_reports((FileProblems(source, None, None, len(rows) - len(problems), tuple(problems)),))
+    counts = _counts(kept, tally)
+    return EncodedSet(tuple(kept), counts, _set_notes(counts, rows, tokenizer, template))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A rendered row. `words` is not empty where messages hold names of special tokens."""
+
+    row: Row
+    rendered: Rendered
+    words: dict[str, str]
+
+
+def _prepare(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn) -> _Prepared:
+    words: dict[str, str] = {}
+    guarded: Row = row
+    if isinstance(row, ChatRow):
+        guard = guard_turns(row.turns, tokenizer)
+        words, guarded = guard.words, replace(row, turns=guard.turns)
+    return _Prepared(row, render_row(guarded, template, tokenizer.special, train_on), words)
+
+
+def _encoded(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    train_on: TrainOn,
+    problems: list[Problem],
+) -> Iterator[tuple[Row, EncodedRow]]:
+    """Each row with its tokens, batch by batch; rows that cannot be rendered go to `problems`."""
+    ends = end_ids(tokenizer, template)
+    for first in range(0, len(rows), _BATCH_ROWS):
+        batch: list[_Prepared] = []
+        for row in rows[first : first + _BATCH_ROWS]:
+            try:
+                batch.append(_prepare(row, tokenizer, template, train_on))
+            except DataError as error:
+                problems.append(Problem(error.message, row.line))
+        for prepared, encoding in zip(batch, _encode_prepared(batch, tokenizer), strict=True):
+            yield prepared.row, _finish(prepared, encoding, ends)
+
+
+def _encode_prepared(batch: Sequence[_Prepared], tokenizer: Tokenizer) -> list[Encoding]:
+    """One encoding a row. Rows with and without the post-processor's tokens go to the library separately."""
+    encodings: dict[int, Encoding] = {}
+    for add_special_tokens in (False, True):
+        chosen = [
+            index
+            for index, prepared in enumerate(batch)
+            if not prepared.words and prepared.rendered.add_special_tokens == add_special_tokens
+        ]
+        texts = [batch[index].rendered.text for index in chosen]
+        encodings.update(zip(chosen, tokenizer.encode_batch(texts, add_special_tokens), strict=True))
+    for index, prepared in enumerate(batch):
+        if prepared.words:
+            encodings[index] = encode_guarded(prepared.rendered, prepared.words, tokenizer)
+    return [encodings[index] for index in range(len(batch))]
+
+
+def _real_rendering(prepared: _Prepared) -> Rendered:
+    return restore(prepared.rendered, prepared.words) if prepared.words else prepared.rendered
+
+
+def _finish(prepared: _Prepared, encoding: Encoding, ends: frozenset[int]) -> EncodedRow:
+    """Trained characters to trained tokens: a token that overlaps a span is trained."""
+    rendered = _real_rendering(prepared)
+    starts, stops = encoding.offsets[:, 0], encoding.offsets[:, 1]
+    trained = np.zeros(len(encoding.ids), dtype=np.bool_)
+    straddles = False
+    for start, stop in rendered.trained:
+        trained |= (starts < stop) & (stops > start)
+        trained |= (starts == stops) & (starts >= start) & (starts < stop)
+        straddles = straddles or bool(((starts < start) & (stops > start)).any())
+        if stop == len(rendered.text) and len(starts) and starts[-1] == stop:
+            trained[-1] |= int(encoding.ids[-1]) in ends  # an end token that the post-processor put behind the text
+    ended = _ends(rendered.text, encoding, trained, ends)
+    return EncodedRow(
+        encoding.ids,
+        trained,
+        prepared.row.line,
+        ended,
+        boundary_merge=straddles,
+        continues_prompt=rendered.continues_prompt,
+    )
+
+
+def _ends(text: str, encoding: Encoding, trained: NDArray[np.bool_], ends: frozenset[int]) -> bool:
+    """Whether the last trained token is an end token; white space behind one (`train_on: all`) does not count."""
+    for index in np.flatnonzero(trained)[::-1]:
+        if int(encoding.ids[index]) in ends:
+            return True
+        start, stop = encoding.offsets[index]
+        if not text[start:stop].isspace():
+            return False
+    return False
+
+
+def _particulars(row: Row, encoded: EncodedRow, tokenizer: Tokenizer) -> list[str]:
+    """The names of the counts that this row adds to."""
+    found = {
+        "boundary_merges": encoded.boundary_merge,
+        "without_end": not encoded.ends,
+        "other_opening": not encoded.continues_prompt,
+        "glued": isinstance(row, PromptRow) and not (row.prompt[-1:].isspace() or row.completion[:1].isspace()),
+        "special_text": isinstance(row, ChatRow) and bool(guard_turns(row.turns, tokenizer).words),
+    }
+    return [name for name, applies in found.items() if applies]
+
+
+def _counts(kept: Sequence[EncodedRow], tally: Counter[str]) -> EncodedCounts:
+    return EncodedCounts(
+        rows=len(kept),
+        tokens=sum(len(row) for row in kept),
+        trained_tokens=sum(int(row.trained.sum()) for row in kept),
+        longest=max((len(row) for row in kept), default=0),
+        **tally,
+    )
+
+
+def _set_notes(
+    counts: EncodedCounts, rows: Sequence[Row], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[str, ...]:
+    notes = list(counts.notes())
+    if template is not None and any(isinstance(row, ChatRow) for row in rows):
+        notes.insert(0, f"chat template: {template.source}")
+        if "strftime_now" in template.text:
+            notes.insert(1, f"the template asks for today's date: it is given {FIXED_DATE:%d %b %Y}, always")
+    return (*notes, *tokenizer.notes)
