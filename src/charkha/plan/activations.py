@@ -1,0 +1,172 @@
+"""Bytes that one decoder layer keeps for the backward pass, and what it needs for a moment.
+
+Counted from the tensors that autograd saves in transformers 5.23 and PEFT 0.21 (torch.autograd.graph.
+saved_tensors_hooks), each storage once. Widths: products of matrices in `activation_bytes`, norms in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from charkha.plan.architecture import Architecture
+from charkha.plan.layers import Linear, Stream
+from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
+from charkha.plan.weights import adapter_targets, weight_copy_bytes
+
+_EVERY_STREAM: tuple[Stream, ...] = ("attention_in", "attention_out", "mlp_in", "mlp_inner")
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer for one micro batch."""
+
+    saved: int  # kept from forward to backward, 16-bit copies of weights with it
+    input: int  # the residual that enters the layer: all that checkpointing keeps
+    input_is_saved: bool  # whether `saved` already has that very tensor
+    weight_copies: int  # of `saved`
+    forward_temporaries: int  # beside `saved`, where the layer's forward needs most
+    backward_temporaries: int
+
+    @property
+    def recomputed(self) -> int:
+        """Bytes beside the checkpoint while the layer is run again and its gradients are taken."""
+        again = self.saved - (self.input if self.input_is_saved else 0)
+        return again + max(self.forward_temporaries, self.backward_temporaries)
+
+
+def layer_memory(architecture: Architecture, settings: MemorySettings) -> LayerMemory:
+    """What one layer keeps and needs."""
+    copies = weight_copy_bytes(architecture, settings)
+    saved = (
+        _norms(architecture, settings)
+        + _attention(architecture, settings)
+        + _mlp(architecture, settings)
+        + _linear_inputs(architecture, settings)
+        + copies
+    )
+    return LayerMemory(
+        saved=saved,
+        input=settings.positions * architecture.hidden_size * settings.residual_bytes,
+        input_is_saved=norm_bytes(architecture, settings) == settings.residual_bytes,
+        weight_copies=copies,
+        forward_temporaries=_forward_temporaries(architecture, settings),
+        backward_temporaries=_backward_temporaries(architecture, settings),
+    )
+
+
+def norm_bytes(architecture: Architecture, settings: MemorySettings) -> int:
+    """Per element of a norm's input as it is kept: RMSNorm upcasts by itself, LayerNorm under CUDA's autocast."""
+    upcasts = architecture.final_norm.kind == "rms" or (settings.autocast and settings.device == "cuda")
+    return FULL_BYTES if upcasts else settings.residual_bytes
+
+
+def _norms(architecture: Architecture, settings: MemorySettings) -> int:
+    count = len(architecture.norms)
+    distinct = 1 if architecture.parallel else count  # in a parallel layer every norm reads the same residual
+    hidden = settings.positions * architecture.hidden_size
+    saved = distinct * hidden * norm_bytes(architecture, settings) + count * settings.positions * 2 * FULL_BYTES
+    heads = settings.positions * (architecture.query_size + architecture.key_value_size)
+    if architecture.query_key_norms:
+        saved += heads * FULL_BYTES
+    if settings.method == "full" and architecture.final_norm.kind == "rms":  # a scale's gradient needs what it scales
+        saved += count * hidden * settings.residual_bytes
+        saved += heads * settings.activation_bytes if architecture.query_key_norms else 0
+    return saved
+
+
+def _attention(architecture: Architecture, settings: MemorySettings) -> int:
+    """Query, key and value, then what the kernel keeps: its output and a sum per row, or whole score matrices."""
+    width = settings.activation_bytes * settings.positions
+    query, key = width * architecture.query_size, width * architecture.key_value_size
+    masked = settings.attention == "sdpa" and settings.has_padding
+    repeated = architecture.heads != architecture.kv_heads and (masked or settings.attention == "eager")
+    value = query if repeated else key
+    if architecture.fused_projections and not repeated:
+        value = query + 2 * key  # the value is a view of the whole projection, which stays alive with it
+    saved = query + (query if repeated else key) + value
+    if settings.attention == "eager":
+        return saved + _scores(architecture, settings)
+    row_sums = settings.positions * architecture.heads * FULL_BYTES
+    mask = settings.positions * settings.tokens * settings.activation_bytes if masked else 0
+    return saved + query + row_sums + mask
+
+
+def _scores(architecture: Architecture, settings: MemorySettings) -> int:
+    """Eager attention keeps probabilities in fp32, their 16-bit copy, and capped scores where there is a cap."""
+    elements = settings.positions * settings.tokens * architecture.heads
+    copy = HALF_BYTES if settings.autocast else 0
+    capped = settings.activation_bytes if architecture.attention_softcap else 0
+    return elements * (FULL_BYTES + copy + capped)
+
+
+def _mlp(architecture: Architecture, settings: MemorySettings) -> int:
+    """Gate, its activation and up; without a gate what enters the activation. The inner product is a linear's input."""
+    kept = 3 if architecture.gated_mlp else 1
+    return kept * settings.positions * architecture.intermediate_size * settings.activation_bytes
+
+
+def _linear_inputs(
+    architecture: Architecture, settings: MemorySettings, streams: tuple[Stream, ...] = _EVERY_STREAM
+) -> int:
+    """Inputs of linear layers that are trained or have an adapter, dropout masks, and what lies between A and B."""
+    targets = [linear for linear in adapter_targets(architecture, settings) if linear.reads in streams]
+    every = [linear for linear in architecture.linears if linear.reads in streams]
+    trained = every if settings.method == "full" else targets
+    own = [linear for linear in trained if _has_own_copy(linear, settings)]
+    shared = {linear.reads: linear.inputs for linear in trained if linear not in own}
+    if settings.attention != "eager" and not architecture.fused_projections:
+        shared.pop("attention_out", None)  # the attention kernel keeps that tensor already
+    elements = sum(linear.inputs for linear in own) + sum(shared.values()) + settings.r * len(targets)
+    masks = sum(linear.inputs for linear in targets) * _mask_bytes(settings)
+    return settings.positions * (elements * settings.activation_bytes + masks)
+
+
+def _has_own_copy(linear: Linear, settings: MemorySettings) -> bool:
+    """Whether the input is copied for this linear alone: cast from fp32 (autocast keeps no casts), or dropped out."""
+    if settings.method == "full":
+        return settings.autocast and linear.reads in ("attention_in", "mlp_in")  # outputs of norms are fp32
+    return settings.autocast or settings.lora_dropout > 0
+
+
+def _mask_bytes(settings: MemorySettings) -> int:
+    """Per element of a dropout mask: torch keeps booleans on a GPU, the input's own type (fp32) on a CPU."""
+    if settings.method == "full" or settings.lora_dropout == 0:
+        return 0
+    return FULL_BYTES if settings.device == "cpu" else 1
+
+
+def _forward_temporaries(architecture: Architecture, settings: MemorySettings) -> int:
+    """At the last linear of the MLP, when all else is saved: its input, PEFT's fp32 copy of it, and three hiddens."""
+    inner = settings.positions * architecture.intermediate_size
+    targets = adapter_targets(architecture, settings)
+    has_adapter = any(linear.reads == "mlp_inner" for linear in targets)
+    hidden = 3 * settings.positions * architecture.hidden_size * settings.residual_bytes
+    if settings.method == "full":
+        return hidden
+    kept_as_it_is = has_adapter and not settings.autocast and settings.lora_dropout == 0
+    cast = FULL_BYTES if has_adapter and settings.autocast else 0
+    cast *= 2 if settings.lora_dropout > 0 else 1  # before and after dropout
+    return hidden + inner * (cast + (0 if kept_as_it_is else settings.activation_bytes))
+
+
+def _backward_temporaries(architecture: Architecture, settings: MemorySettings) -> int:
+    """The larger of MLP and attention: gradients beside what is saved, an unpacked NF4 matrix, a weight's gradient."""
+    width = settings.activation_bytes
+    inner = settings.positions * architecture.intermediate_size * width
+    hidden = settings.positions * architecture.hidden_size * width
+    unpacked = width * max((linear.weights for linear in architecture.linears), default=0)
+    mlp = max(2 * inner, inner + hidden + (unpacked if settings.quantization == "nf4" else 0))
+    if settings.method == "full":
+        mlp += width * architecture.intermediate_size * architecture.hidden_size
+    # When attention's turn comes, what the MLP had kept is gone.
+    freed = _mlp(architecture, settings) + _linear_inputs(architecture, settings, ("mlp_in", "mlp_inner"))
+    return max(mlp, _attention_backward(architecture, settings) - freed)
+
+
+def _attention_backward(architecture: Architecture, settings: MemorySettings) -> int:
+    """Gradients of output, query, key and value; an fp32 sum for the query's on a GPU; scores where they are whole."""
+    if settings.attention == "eager":
+        return 2 * settings.positions * settings.tokens * architecture.heads * FULL_BYTES
+    query, key = architecture.query_size, architecture.key_value_size
+    fp32_sum = query * FULL_BYTES if settings.device == "cuda" else 0
+    return settings.positions * ((2 * query + 2 * key) * settings.activation_bytes + fp32_sum)

@@ -1,0 +1,372 @@
+"""What a base model is made of, read from its config.json: shapes and exact parameter counts, no weights, no torch.
+
+Covered: Llama and everything of that type (Yi, SmolLM2, TinyLlama), Mistral, Qwen2/2.5/3, Gemma 1-3 (text), Phi-3 and
+phi-4, Falcon, GPT-NeoX, GPT-2, Mixtral, Qwen3-MoE. Key names and defaults are those of transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from charkha.errors import EnvironmentProblem
+from charkha.plan.layers import Experts, Linear, Norm
+
+
+class UnknownArchitecture(EnvironmentProblem):
+    """The base cannot be described from its config.json, so nothing is planned for it rather than guessed."""
+
+    kind = "unknown_architecture"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer of equal layers."""
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int | None
+    tied_embeddings: bool
+    layers_path: str  # where the layers are in the model, such as model.layers
+    linears: tuple[Linear, ...]  # of one layer
+    norms: tuple[Norm, ...]  # of one layer, on the residual stream
+    final_norm: Norm
+    query_key_norms: tuple[Norm, ...] = ()  # of one layer, over each head
+    gated_mlp: bool = True  # act(gate) * up rather than act(up)
+    fused_projections: bool = False  # query, key and value come out of one linear layer
+    parallel: bool = False  # attention and MLP read the same residual
+    attention_softcap: bool = False
+    logit_softcap: bool = False
+    learned_positions: int = 0
+    experts: Experts | None = None
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key heads together; the value heads are as wide."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        parts: tuple[Linear | Norm, ...] = (*self.linears, *self.norms, *self.query_key_norms)
+        return sum(part.parameters for part in parts) + (self.experts.parameters if self.experts else 0)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the token (and learned position) embeddings; a tied head is counted here."""
+        return (self.vocab_size + self.learned_positions) * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the head that are not the embedding's."""
+        return 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, tied weights once."""
+        layers = self.layers * self.layer_parameters
+        return layers + self.embedding_parameters + self.head_parameters + self.final_norm.parameters
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a parsed config.json describes.
+
+    Raises UnknownArchitecture for a type not covered and for a key that is missing or not a positive whole number.
+    """
+    model_type = str(config.get("model_type"))
+    reader = _READERS.get(model_type)
+    if reader is None:
+        raise UnknownArchitecture(
+            f"model_type {model_type!r} is not one that charkha can plan for",
+            where="config.json",
+            remedy=f"covered are {', '.join(sorted(_READERS))}; training does not need a plan",
+        )
+    return reader(config)
+
+
+def _read_llama_like(config: Mapping[str, Any]) -> Architecture:
+    """Llama, Mistral, Qwen2, Qwen3 and Gemma 1: they differ in biases, head norms and defaults."""
+    model_type = str(config["model_type"])
+    attention_bias = bool(config.get("attention_bias", False))
+    # Qwen2 always has biases on query, key and value and never on the output; Mistral has none.
+    bias = {"qwen2": (True, False), "mistral": (False, False)}.get(model_type, (attention_bias, attention_bias))
+    return _with_separate_projections(
+        config,
+        input_bias=bias[0],
+        output_bias=bias[1],
+        mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        query_key_norms=model_type in ("qwen3", "qwen3_moe"),
+    )
+
+
+def _read_gemma_2_or_3(config: Mapping[str, Any]) -> Architecture:
+    bias = bool(config.get("attention_bias", False))
+    return _with_separate_projections(
+        config,
+        input_bias=bias,
+        output_bias=bias,
+        mlp_bias=False,
+        norms=(
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        ),
+        query_key_norms=config["model_type"] == "gemma3_text",
+    )  # fmt: skip
+
+
+def _read_mixture(config: Mapping[str, Any]) -> Architecture:
+    """Mixtral and Qwen3-MoE, whose every layer has experts."""
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise UnknownArchitecture("layers with and without experts are mixed in this model", where="config.json")
+    return _read_llama_like(config)
+
+
+def _with_separate_projections(
+    config: Mapping[str, Any],
+    *,
+    input_bias: bool,
+    output_bias: bool,
+    mlp_bias: bool,
+    norms: tuple[str, ...],
+    query_key_norms: bool,
+) -> Architecture:
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    kv_heads = _whole(config, "num_key_value_heads", heads)
+    head_dim = _head_dim(config, hidden, heads)
+    experts = _experts(config, hidden)
+    inner = experts.intermediate_size if experts else _whole(config, "intermediate_size")
+    query, key = heads * head_dim, kv_heads * head_dim
+    attention = (
+        Linear("self_attn.q_proj", hidden, query, "attention_in", input_bias),
+        Linear("self_attn.k_proj", hidden, key, "attention_in", input_bias),
+        Linear("self_attn.v_proj", hidden, key, "attention_in", input_bias),
+        Linear("self_attn.o_proj", query, hidden, "attention_out", output_bias),
+    )
+    mlp = (
+        Linear("mlp.gate_proj", hidden, inner, "mlp_in", mlp_bias),
+        Linear("mlp.up_proj", hidden, inner, "mlp_in", mlp_bias),
+        Linear("mlp.down_proj", inner, hidden, "mlp_inner", mlp_bias),
+    )
+    head_norms = (Norm("self_attn.q_norm", head_dim), Norm("self_attn.k_norm", head_dim)) if query_key_norms else ()
+    return Architecture(
+        model_type=str(config["model_type"]),
+        layers=_whole(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=_whole(config, "vocab_size"),
+        max_positions=_positions(config),
+        tied_embeddings=_tied(config),
+        layers_path="model.layers",
+        linears=attention if experts else attention + mlp,
+        norms=tuple(Norm(name, hidden) for name in norms),
+        final_norm=Norm("norm", hidden),
+        query_key_norms=head_norms,
+        attention_softcap=_has_softcap(config, "attn_logit_softcapping"),
+        logit_softcap=_has_softcap(config, "final_logit_softcapping"),
+        experts=experts,
+    )
+
+
+def _read_phi3(config: Mapping[str, Any]) -> Architecture:
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    kv_heads, inner = _whole(config, "num_key_value_heads", heads), _whole(config, "intermediate_size")
+    head_dim = _head_dim(config, hidden, heads)
+    query, key = heads * head_dim, kv_heads * head_dim
+    return Architecture(
+        model_type="phi3",
+        layers=_whole(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=_whole(config, "vocab_size"),
+        max_positions=_positions(config),
+        tied_embeddings=_tied(config),
+        layers_path="model.layers",
+        linears=(
+            Linear("self_attn.qkv_proj", hidden, query + 2 * key, "attention_in"),
+            Linear("self_attn.o_proj", query, hidden, "attention_out"),
+            Linear("mlp.gate_up_proj", hidden, 2 * inner, "mlp_in"),
+            Linear("mlp.down_proj", inner, hidden, "mlp_inner"),
+        ),
+        norms=(Norm("input_layernorm", hidden), Norm("post_attention_layernorm", hidden)),
+        final_norm=Norm("norm", hidden),
+        fused_projections=True,
+    )
+
+
+def _read_falcon(config: Mapping[str, Any]) -> Architecture:
+    heads, new = _whole(config, "num_attention_heads"), bool(config.get("new_decoder_architecture", False))
+    if config.get("alibi"):
+        raise UnknownArchitecture("Falcon with ALiBi positions is not covered", where="config.json")
+    # Falcon-7B says num_kv_heads 71 beside multi_query: outside the new architecture that means one shared head.
+    shared = not new and bool(config.get("multi_query", True))
+    parallel = new or bool(config.get("parallel_attn", True))
+    norms: tuple[str, ...] = ("input_layernorm",)
+    if new and config.get("num_ln_in_parallel_attn") in (None, 2):
+        norms = ("ln_attn", "ln_mlp")
+    elif not parallel:
+        norms = ("input_layernorm", "post_attention_layernorm")
+    hidden = _whole(config, "hidden_size")
+    return _with_fused_attention(
+        config,
+        kv_heads=1 if shared else _whole(config, "num_kv_heads", heads),
+        inner=_whole(config, "ffn_hidden_size", 4 * hidden),
+        names=("transformer.h", "self_attention.query_key_value", "self_attention.dense", "ln_f"),
+        norms=norms,
+        bias=(bool(config.get("bias", False)), bool(config.get("bias", False))),
+        parallel=parallel,
+    )
+
+
+def _read_gpt_neox(config: Mapping[str, Any]) -> Architecture:
+    return _with_fused_attention(
+        config,
+        kv_heads=_whole(config, "num_attention_heads"),
+        inner=_whole(config, "intermediate_size"),
+        names=("gpt_neox.layers", "attention.query_key_value", "attention.dense", "final_layer_norm"),
+        norms=("input_layernorm", "post_attention_layernorm"),
+        bias=(bool(config.get("attention_bias", True)), True),
+        parallel=bool(config.get("use_parallel_residual", True)),
+    )
+
+
+def _with_fused_attention(
+    config: Mapping[str, Any],
+    *,
+    kv_heads: int,
+    inner: int,
+    names: tuple[str, str, str, str],
+    norms: tuple[str, ...],
+    bias: tuple[bool, bool],
+    parallel: bool,
+) -> Architecture:
+    """LayerNorm, one projection to query, key and value, and an MLP without gate."""
+    path, projection, output, final_norm = names
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    head_dim = _head_dim(config, hidden, heads)
+    # With one norm in a parallel layer the MLP reads the very tensor that attention reads.
+    mlp_reads: Any = "attention_in" if len(norms) == 1 else "mlp_in"
+    return Architecture(
+        model_type=str(config["model_type"]),
+        layers=_whole(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=_whole(config, "vocab_size"),
+        max_positions=_positions(config),
+        tied_embeddings=_tied(config),
+        layers_path=path,
+        linears=(
+            Linear(projection, hidden, (heads + 2 * kv_heads) * head_dim, "attention_in", bias[0]),
+            Linear(output, heads * head_dim, hidden, "attention_out", bias[0]),
+            Linear("mlp.dense_h_to_4h", hidden, inner, mlp_reads, bias[1]),
+            Linear("mlp.dense_4h_to_h", inner, hidden, "mlp_inner", bias[1]),
+        ),
+        norms=tuple(Norm(name, hidden, "layer") for name in norms),
+        final_norm=Norm(final_norm, hidden, "layer"),
+        gated_mlp=False,
+        fused_projections=True,
+        parallel=parallel,
+    )
+
+
+def _read_gpt2(config: Mapping[str, Any]) -> Architecture:
+    hidden, heads = _whole(config, "n_embd"), _whole(config, "n_head")
+    inner, positions = _whole(config, "n_inner", 4 * hidden), _whole(config, "n_positions")
+    return Architecture(
+        model_type="gpt2",
+        layers=_whole(config, "n_layer"),
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=_head_dim(config, hidden, heads),
+        intermediate_size=inner,
+        vocab_size=_whole(config, "vocab_size"),
+        max_positions=positions,
+        tied_embeddings=_tied(config),
+        layers_path="transformer.h",
+        linears=(
+            Linear("attn.c_attn", hidden, 3 * hidden, "attention_in", True),
+            Linear("attn.c_proj", hidden, hidden, "attention_out", True),
+            Linear("mlp.c_fc", hidden, inner, "mlp_in", True),
+            Linear("mlp.c_proj", inner, hidden, "mlp_inner", True),
+        ),
+        norms=(Norm("ln_1", hidden, "layer"), Norm("ln_2", hidden, "layer")),
+        final_norm=Norm("ln_f", hidden, "layer"),
+        gated_mlp=False,
+        fused_projections=True,
+        learned_positions=positions,
+    )
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _read_llama_like),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _read_gemma_2_or_3),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _read_mixture),
+    "phi3": _read_phi3,
+    "falcon": _read_falcon,
+    "gpt_neox": _read_gpt_neox,
+    "gpt2": _read_gpt2,
+}
+_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "falcon", "gpt2"})
+_HEAD_DIM_BY_DEFAULT = {"gemma": 256, "gemma2": 256, "gemma3_text": 256}
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The positive whole number under `key`; `default` where the key is absent or null."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UnknownArchitecture(f"{key} is {value!r}, not a positive whole number", where="config.json")
+    return value
+
+
+def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    default = _HEAD_DIM_BY_DEFAULT.get(str(config["model_type"]))
+    if default is None and hidden % heads and config.get("head_dim") is None:
+        raise UnknownArchitecture(f"hidden_size {hidden} is no multiple of {heads} heads", where="config.json")
+    return _whole(config, "head_dim", default or hidden // heads)
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    return None if config.get("max_position_embeddings") is None else _whole(config, "max_position_embeddings")
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    value = config.get("tie_word_embeddings")
+    return config["model_type"] in _TIED_BY_DEFAULT if value is None else bool(value)
+
+
+def _has_softcap(config: Mapping[str, Any], key: str) -> bool:
+    """Gemma 2 caps unless told otherwise (null); other models only where a number stands there."""
+    return config.get(key, 1.0 if config["model_type"] == "gemma2" else None) is not None
+
+
+def _experts(config: Mapping[str, Any], hidden: int) -> Experts | None:
+    if config["model_type"] == "mixtral":
+        count, inner = _whole(config, "num_local_experts", 8), _whole(config, "intermediate_size")
+        return Experts(count, _whole(config, "num_experts_per_tok", 2), hidden, inner)
+    if config["model_type"] == "qwen3_moe":
+        count, inner = _whole(config, "num_experts"), _whole(config, "moe_intermediate_size")
+        return Experts(count, _whole(config, "num_experts_per_tok", 8), hidden, inner)
+    return None

@@ -1,0 +1,85 @@
+"""Bytes of final norm, head and loss: logits exist for every trained position at once, or for a chunk of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from charkha.plan.activations import norm_bytes
+from charkha.plan.architecture import Architecture
+from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
+
+CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk, as backends/torch/loss.py cuts them
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes of final norm, head and loss for one micro batch."""
+
+    saved: int  # by final norm and head, until the head's backward is done
+    logits: int  # as the model returns them
+    loss_forward: int
+    loss_backward: int
+    head_backward: int  # the logits' gradient, and what the head makes of it
+
+
+def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
+    """What final norm, head and loss keep and need."""
+    if settings.loss_head == "chunked":
+        return _chunked(architecture, settings)
+    return _whole(architecture, settings)
+
+
+def _whole(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
+    """Logits of every trained position at once, the loss in fp32.
+
+    Forward holds logits and log-probabilities, backward the latter and two gradients of their size. A head in training
+    keeps its input and, under autocast, its 16-bit copy.
+    """
+    hidden = settings.loss_positions * architecture.hidden_size * settings.activation_bytes
+    logits = settings.loss_positions * architecture.vocab_size
+    matrix = architecture.vocab_size * architecture.hidden_size
+    saved = _final_norm(architecture, settings)
+    saved += logits * settings.activation_bytes if architecture.logit_softcap else 0
+    head_backward = logits * settings.activation_bytes + hidden
+    if settings.method == "full":
+        saved += hidden + (HALF_BYTES * matrix if settings.autocast else 0)
+        head_backward += settings.activation_bytes * matrix  # upcast after the logits' gradient is gone
+    return HeadMemory(
+        saved=saved,
+        logits=logits * settings.activation_bytes,
+        loss_forward=logits * 2 * FULL_BYTES,
+        loss_backward=logits * 3 * FULL_BYTES,
+        head_backward=head_backward,
+    )
+
+
+def _chunked(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
+    """Gradients of hidden states and head are made chunk by chunk during forward, so that backward needs no logits.
+
+    This runs outside autocast: in the type of the head's weight, so there are no copies of it.
+    """
+    hidden = settings.loss_positions * architecture.hidden_size * settings.residual_bytes
+    matrix = architecture.vocab_size * architecture.hidden_size if settings.method == "full" else 0
+    gradients = hidden + FULL_BYTES * matrix
+    return HeadMemory(
+        saved=_final_norm(architecture, settings),
+        logits=0,
+        loss_forward=gradients + hidden + _one_chunk(architecture, settings, matrix),
+        loss_backward=gradients,
+        head_backward=gradients + settings.positions * architecture.hidden_size * settings.residual_bytes,
+    )
+
+
+def _one_chunk(architecture: Architecture, settings: MemorySettings, trained_matrix: int) -> int:
+    """Logits, their distance to the log-sum, and its exponential, beside the gradients of the chunk before, if any."""
+    rows = max(1, CHUNK_BYTES // (FULL_BYTES * architecture.vocab_size))
+    logits = min(rows, settings.loss_positions) * architecture.vocab_size
+    narrow = HALF_BYTES if settings.residual_bytes == HALF_BYTES else 0  # the exponential in the head's type
+    before = FULL_BYTES + narrow if settings.loss_positions > rows else 0
+    return max(logits * (3 * FULL_BYTES + before), logits * (2 * FULL_BYTES + narrow) + FULL_BYTES * trained_matrix)
+
+
+def _final_norm(architecture: Architecture, settings: MemorySettings) -> int:
+    hidden = settings.positions * architecture.hidden_size
+    is_trained = settings.method == "full" and architecture.final_norm.kind == "rms"
+    return hidden * (norm_bytes(architecture, settings) + (settings.residual_bytes if is_trained else 0))
