@@ -1,0 +1,114 @@
+"""What crosses the wall between the rooms above and a backend: plain records, and who is told about progress.
+
+A backend is a handful of functions over these records (`backends/torch/`: load, train, evaluate, generate, merge).
+Nothing here imports a framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """A base model as it is to be held in memory; nothing in it is `auto` any more."""
+
+    path: Path
+    dtype: Dtype
+    attention: str
+    quantization: str  # none | nf4 | fp4 | int8
+    device: str  # cpu | cuda | mps
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is trained on top of the base."""
+
+    method: str  # full | lora | dora | rslora | ia3 | prompt_tuning
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str | tuple[str, ...]
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    loraplus_ratio: float | None = None
+    num_virtual_tokens: int = 20
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Packed rows: how many hold how many documents, and the share of their room that is filled (0 to 1)."""
+
+    row_tokens: int
+    rows: int
+    documents: int
+    fill_rate: float
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The optimizer's path, with every number decided."""
+
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    weight_decay: float
+    max_grad_norm: float
+    batch_size: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    loss_head: str  # full | chunked
+    optimizer: str
+    seed: int
+    eval_steps: int | None  # optimizer steps between evaluations; None: never
+    checkpoint_seconds: float | None
+    checkpoint_steps: int | None
+    checkpoints_kept: int
+    trainer: dict[str, Any]  # further SFTConfig arguments
+    packing: Packing | None = None  # batch_size and micro_batch_size then count packed rows
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean negative log-likelihood (natural log) over all trained held-out tokens, whatever the batch size."""
+
+    loss: float
+    tokens: int
+    seconds: float
+    row_losses: tuple[float, ...]  # mean per row, in the order of the shard
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How one call of `train` ended."""
+
+    status: Literal["done", "paused"]
+    step: int
+    trained_tokens: int  # tokens of real rows seen in this call, without padding
+    seconds: float  # of this call, evaluation and saving left out
+    peak_memory_bytes: int | None
+    trainable_parameters: int
+    total_parameters: int
+    quantized_modules: tuple[str, ...]
+
+
+class Recorder(Protocol):
+    """Takes events as they happen: `recorder("step", step=1, loss=...)`; see events.py for the vocabulary."""
+
+    def __call__(self, name: str, **fields: Any) -> object: ...
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Asked at every step boundary. Signal handlers and control files set what it reads."""
+
+    wanted: Callable[[], bool]

@@ -1,0 +1,69 @@
+"""Held-out loss: the mean over all trained held-out tokens, whatever the batch size, never holding all logits."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from charkha.backends.base import HeldOutLoss
+from charkha.backends.torch.batches import IGNORED, collate
+from charkha.data.shards import Shard
+
+_TOKENS_PER_BATCH = 4096  # rows x longest row; bounds activations and logits
+
+
+def held_out_loss(model: Any, shard: Shard, pad_id: int) -> HeldOutLoss:
+    """Mean negative log-likelihood per trained token, and per row.
+
+    The model's mode and the random numbers are as before afterwards; nothing is sampled.
+    """
+    began = time.monotonic()
+    was_training = model.training
+    model.eval()
+    sums = np.zeros(len(shard.lengths))
+    counts = np.zeros(len(shard.lengths), dtype=np.int64)
+    try:
+        with torch.no_grad():
+            for rows in batches_by_length(shard.lengths, _TOKENS_PER_BATCH):
+                sums[rows], counts[rows] = _row_sums(model, collate(shard, rows, pad_id))
+    finally:
+        model.train(was_training)
+    tokens = int(counts.sum())
+    return HeldOutLoss(
+        loss=float(sums.sum() / max(tokens, 1)),
+        tokens=tokens,
+        seconds=time.monotonic() - began,
+        row_losses=tuple(float(value) for value in sums / np.maximum(counts, 1)),
+    )
+
+
+def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Row indices in batches of like length whose padded size stays within the budget (one row at least)."""
+    batches: list[np.ndarray] = []
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        full = end < len(order) and (end - start + 1) * int(lengths[order[end]]) > tokens_per_batch
+        if end == len(order) or full:
+            batches.append(order[start:end])
+            start = end
+    return batches
+
+
+def _row_sums(model: Any, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: the summed negative log-likelihood of its labelled tokens (float64) and how many there are."""
+    device = next(model.parameters()).device
+    logits = model(
+        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+    ).logits
+    logits = logits[:, logits.shape[1] - batch["labels"].shape[1] :]  # prompt tuning: virtual tokens stand before
+    targets = batch["labels"][:, 1:].to(device)
+    # Rows one at a time: log-probabilities in fp32 exist for one row, not for the batch.
+    sums = [
+        torch.nn.functional.cross_entropy(logits[row, :-1].float(), targets[row], ignore_index=IGNORED, reduction="sum")
+        for row in range(len(targets))
+    ]
+    return torch.stack(sums).double().cpu().numpy(), (targets != IGNORED).sum(dim=1).cpu().numpy()

@@ -1,0 +1,371 @@
+"""One run's optimizer steps through TRL's SFTTrainer: our batches, our loss call, our checkpoints, our records.
+
+TRL and transformers are used through public arguments, one callback and this subclass. The subclass calls the
+model's own loss (TRL's fused head costs 15-25 % on a CPU and never calls a streamed head), reads and writes state as
+safetensors and JSON instead of pickles, and stops before an optimizer step whose gradient is not finite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from charkha.backends.base import AdapterSpec, BaseModelSpec, HeldOutLoss, Recorder, StepPlan, TrainOutcome
+from charkha.backends.torch import state as saved_state
+from charkha.backends.torch.adapters import attach_adapter
+from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
+from charkha.backends.torch.held_out import held_out_loss
+from charkha.backends.torch.loss import choose_loss, training_loss
+from charkha.backends.torch.memory import device_memory_bytes, peak_device_memory_bytes
+from charkha.backends.torch.model import load_base, quantized_modules
+from charkha.backends.torch.packing_proof import require_documents_apart
+from charkha.backends.torch.peak_window import PeakWindow
+from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
+from charkha.data.shards import Shard
+from charkha.errors import DoesNotFit, TrainingFailed
+from charkha.store.checkpoints import Checkpoint, CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    base: BaseModelSpec,
+    adapter: AdapterSpec,
+    plan: StepPlan,
+    *,
+    train_shard: Shard,
+    eval_shard: Shard | None,
+    fingerprint: str,
+    pad_id: int,
+    store: CheckpointStore,
+    resume_from: Checkpoint | None,
+    stop_wanted: Callable[[], bool],
+    record: Recorder,
+    final_folder: Path,
+) -> TrainOutcome:
+    """Trains to the end of `plan`, or to the next step boundary after `stop_wanted` says so, and saves.
+
+    `fingerprint` identifies the training data; with plan.seed it decides the order of rows. When the plan is done, the
+    trained weights are in `final_folder` (adapter in PEFT layout; for `full` a whole model in Hugging Face layout).
+    Raises TrainingFailed for a loss or gradient that is not finite; the last checkpoint is then still good. Raises
+    PackingLeaks before the first step when the plan packs rows and this model would not keep their documents apart.
+    """
+    set_seed(plan.seed)  # before the adapter draws its first numbers
+    model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+    # FlashAttention takes documents of any number in one row; the others hold a mask of a row's square.
+    one_row = base.attention.startswith("flash_attention")
+    if plan.packing is not None:
+        _prove_packing(model, base, train_shard, pad_id, one_row, record)
+    micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row)
+    elements = plan.total_steps * micro_batches.micro_batches_per_step
+    trainer = _Trainer(
+        model=model,
+        args=sft_arguments(base, plan, micro_batches.micro_batches_per_step, store.staging),
+        train_dataset=datasets.Dataset.from_dict({"element": range(elements)}),
+        data_collator=lambda rows: micro_batches.batch_of(rows[0]["element"], pad_id),
+        processing_class=placeholder_tokenizer(),
+    )
+    _adapters_in_fp32(model, adapter)
+    keeper = _Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, stop_wanted, record)
+    trainer.loss_way = choose_loss(model, plan.loss_head)
+    trainer.loraplus_ratio = adapter.loraplus_ratio
+    trainer.remove_callback(PrinterCallback)  # it prints a dict at the end
+    window = PeakWindow()
+    if base.device == "cpu":
+        trainer.add_callback(window)
+    trainer.add_callback(keeper)
+    with _full_disk_is_told(store.folder), closing(window):
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
+        done = trainer.state.global_step >= plan.total_steps
+        if done:
+            _save_final(model, final_folder)
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return TrainOutcome(
+        status="done" if done else "paused",
+        step=trainer.state.global_step,
+        trained_tokens=keeper.tokens,
+        seconds=keeper.step_seconds_total,
+        peak_memory_bytes=window.peak_bytes if base.device == "cpu" else peak_device_memory_bytes(base.device),
+        trainable_parameters=sum(count for count, is_trained in parameters if is_trained),
+        total_parameters=_unpacked_parameters(model),
+        quantized_modules=quantized_modules(model),
+    )
+
+
+class NotFinite(TrainingFailed):
+    """A loss or gradient is NaN or infinite."""
+
+    kind = "not_finite"
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+    """SFTTrainer with the model's own loss, our state files, and a stop before a step that is not finite."""
+
+    loss_is_scaled_for_ga = True  # divided by the tokens of the whole step, whichever loss the model has
+    step_loss: torch.Tensor | None = None
+    loss_way: str = "own"
+    loraplus_ratio: float | None = None
+    optimizer: Any
+    grad_norm: float = math.nan
+    last_loss: float = math.nan
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The step's micro batches and their trained tokens, which transformers counts for some models only."""
+        batches, _count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum((batch["labels"][..., 1:] != IGNORED).sum() for batch in batches).to(device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss = training_loss(model, inputs, num_items_in_batch, self.loss_way)
+        detached = loss.detach()
+        self.step_loss = detached if self.step_loss is None else self.step_loss + detached
+        return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # The one place where the host waits for the device in a step: both numbers are needed before the weights move.
+        self.grad_norm = float(norm)
+        assert self.step_loss is not None
+        self.last_loss = float(self.step_loss)
+        self.step_loss = None
+        self._require_finite()
+        return norm
+
+    def _require_finite(self) -> None:
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler itself skips such a step
+        if math.isfinite(self.last_loss) and (scaled or math.isfinite(self.grad_norm)):
+            return
+        what = "loss" if not math.isfinite(self.last_loss) else "gradient"
+        raise NotFinite(
+            f"the {what} of step {self.state.global_step + 1} is not finite "
+            f"(loss {self.last_loss:g}, gradient norm {self.grad_norm:g}); the weights were not updated with it",
+            remedy="lower training.learning_rate, use dtype bf16 or fp32 instead of fp16, or look at this step's rows",
+        )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With LoRA+ (https://arxiv.org/abs/2402.12354) the B matrices learn faster; else transformers' groups."""
+        if self.optimizer is not None or self.loraplus_ratio is None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.loraplus_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers would count parameters again for every micro batch; nobody reads the sum
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved_state.load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved_state.load_optimizer(self.optimizer, self.model, Path(checkpoint))
+            saved_state.load_scheduler(self.lr_scheduler, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved_state.load_scaler(self.accelerator.scaler, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            saved_state.load_rng(Path(checkpoint))
+
+
+class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
+    """At each step boundary: records the step, evaluates, saves and stops, in this order, when they are due."""
+
+    def __init__(
+        self,
+        trainer: _Trainer,
+        plan: StepPlan,
+        micro_batches: MicroBatchPlan,
+        train_shard: Shard,
+        eval_shard: Shard | None,
+        pad_id: int,
+        store: CheckpointStore,
+        stop_wanted: Callable[[], bool],
+        record: Recorder,
+    ) -> None:
+        self._trainer = trainer
+        self._plan = plan
+        self._micro_batches = micro_batches
+        self._lengths = train_shard.lengths
+        self._eval_shard = eval_shard
+        self._pad_id = pad_id
+        self._store = store
+        self._stop_wanted = stop_wanted
+        self._record = record
+        self._learning_rate = plan.learning_rate
+        self._saved_at = time.monotonic()
+        self._step_began = time.monotonic()
+        # Weights and Adam's two moments, until the first checkpoint tells its size.
+        self._checkpoint_bytes = 3 * sum(
+            parameter.numel() * parameter.element_size() for _name, parameter in saved_state.trainable(trainer.model)
+        )
+        self.tokens = 0
+        self.step_seconds_total = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._evaluate(0)
+        self._saved_at = self._step_began = time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._learning_rate = float(self._trainer.optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        self._record_step(step)
+        last = step >= self._plan.total_steps
+        if last or (self._plan.eval_steps is not None and step % self._plan.eval_steps == 0):
+            self._evaluate(step)
+        stopping = self._stop_wanted()
+        if last or stopping or self._checkpoint_due(step):
+            self._save(step)
+        if stopping:
+            control.should_training_stop = True
+        self._step_began = time.monotonic()
+
+    def _record_step(self, step: int) -> None:
+        seconds = time.monotonic() - self._step_began
+        tokens = self._tokens_of(step - 1)
+        self.tokens += tokens
+        self.step_seconds_total += seconds
+        self._record(
+            "step",
+            step=step,
+            total_steps=self._plan.total_steps,
+            loss=self._trainer.last_loss,
+            learning_rate=self._learning_rate,
+            grad_norm=self._trainer.grad_norm,
+            tokens=tokens,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
+            memory_bytes=device_memory_bytes(),
+        )
+
+    def _tokens_of(self, step: int) -> int:
+        """Tokens of real rows in the step, without padding."""
+        count = self._micro_batches.micro_batches_per_step
+        return sum(
+            int(self._lengths[self._micro_batches.rows_of(step * count + place)].sum()) for place in range(count)
+        )
+
+    def _evaluate(self, step: int) -> HeldOutLoss | None:
+        if self._eval_shard is None:
+            return None
+        result = held_out_loss(self._trainer.model, self._eval_shard, self._pad_id)
+        self._record(
+            "eval", step=step, eval_loss=result.loss, eval_tokens=result.tokens, seconds=round(result.seconds, 3)
+        )
+        return result
+
+    def _checkpoint_due(self, step: int) -> bool:
+        if self._plan.checkpoint_steps is not None:
+            return step % self._plan.checkpoint_steps == 0
+        return time.monotonic() - self._saved_at >= (self._plan.checkpoint_seconds or math.inf)
+
+    def _save(self, step: int) -> None:
+        began = time.monotonic()
+        # Twice the last one: a checkpoint must also fit when the file system is slow to give back the pruned one.
+        staged = self._store.stage(expected_bytes=2 * self._checkpoint_bytes)
+        trainer = self._trainer
+        saved_state.save_weights(trainer.model, staged)
+        saved_state.save_optimizer(trainer.optimizer, trainer.model, staged)
+        saved_state.save_scheduler(trainer.lr_scheduler, staged)
+        saved_state.save_scaler(trainer.accelerator.scaler, staged)
+        saved_state.save_rng(staged)
+        trainer.state.save_to_json(str(staged / "trainer_state.json"))
+        checkpoint = self._store.commit(staged, step)
+        self._checkpoint_bytes = checkpoint.total_bytes
+        self._store.prune(self._plan.checkpoints_kept, checkpoint)
+        self._record(
+            "checkpoint",
+            step=step,
+            path=str(checkpoint.path),
+            bytes=checkpoint.total_bytes,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        self._saved_at = time.monotonic()
+
+
+def _training_precision(base: BaseModelSpec, adapter: AdapterSpec) -> BaseModelSpec:
+    """Full fine-tuning keeps fp32 master weights and computes in the asked dtype through autocast."""
+    return dataclasses.replace(base, dtype="fp32") if adapter.method == "full" else base
+
+
+def _prove_packing(model: Any, base: BaseModelSpec, shard: Shard, pad_id: int, one_row: bool, record: Recorder) -> None:
+    proof = require_documents_apart(
+        model, shard, pad_id, dtype=base.dtype, quantization=base.quantization, one_row=one_row
+    )
+    text = (
+        f"documents of a packed row do not see each other: logits as of each alone, to {proof.difference:.1e} of the "
+        f"largest (rounding is up to {proof.tolerance:g})"
+    )
+    record("note", text=text)
+
+
+def _adapters_in_fp32(model: Any, adapter: AdapterSpec) -> None:
+    """TRL casts the adapters of a quantized base to bf16, where small updates round away; they stay fp32 here."""
+    if adapter.method == "full":
+        return
+    for _name, parameter in saved_state.trainable(model):
+        parameter.data = parameter.data.to(torch.float32)
+
+
+def _save_final(model: Any, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if saved_state.is_peft(model):
+        saved_state.save_weights(model, folder)
+    else:
+        model.config.use_cache = (
+            True  # was off for training only; written into config.json it would slow its users down
+        )
+        model.save_pretrained(str(folder), safe_serialization=True)
+
+
+@contextmanager
+def _full_disk_is_told(folder: Path) -> Iterator[None]:
+    """Turns "no space left" from any writer into one message; every other error goes on as it is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise DoesNotFit(
+            "the disk is full",
+            where=str(folder),
+            remedy="make room on this disk and run the same command again; it goes on from the last checkpoint",
+        ) from error
+
+
+def _unpacked_parameters(model: Any) -> int:
+    """Parameters of a 4-bit model: bitsandbytes stores two in one byte, so `numel` counts half of them."""
+    total = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8
+        total += parameter.numel() * (2 if packed else 1)
+    return total
