@@ -1,0 +1,296 @@
+"""What every `auto` becomes on this machine, each with its reason. Until a planner exists these are fixed rules."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan
+from charkha.config import Config
+from charkha.errors import ConfigError, ConfigProblem, EnvironmentProblem
+from charkha.optimizers import BITSANDBYTES_OPTIMIZERS
+from charkha.units import format_bytes
+
+LONGEST_BY_DEFAULT = 4096
+ALL_KERNELS = frozenset({"flash_attention_2", "sdpa", "eager"})
+LARGE_LOGITS_BYTES = 256 << 20  # fp32; their gradient and a copy come on top
+Value = TypeVar("Value", str, int)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One `auto` decided."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.value} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the rules below ask of the machine. See hardware/probe.py for how it is read."""
+
+    device: str  # cpu | cuda | mps
+    name: str
+    supports_bf16: bool
+    compute_capability: tuple[int, int] | None
+
+
+class Chooser:
+    """Decides one key after another and remembers every choice that the user did not make."""
+
+    def __init__(self, config: Config, facts: DeviceFacts) -> None:
+        self._config = config
+        self._facts = facts
+        self.choices: list[Choice] = []
+
+    def dtype(self) -> Dtype:
+        asked = self._config.model.dtype
+        if asked == "fp16" and self._facts.device != "cuda":
+            raise _refused("model.dtype", asked, "fp16 needs a GPU to be of use", "bf16 or fp32")
+        if asked == "bf16" and not self._facts.supports_bf16:
+            raise _refused("model.dtype", asked, f"{self._facts.name} has no bf16 arithmetic", "fp16 or fp32")
+        if asked != "auto":
+            return asked
+        if self._facts.device == "cpu":
+            return self._dtype("fp32", "on a CPU; bf16 halves the memory where the CPU has it")
+        if self._facts.supports_bf16:
+            return self._dtype("bf16", f"{self._facts.name} computes in bf16")
+        return self._dtype("fp16", f"{self._facts.name} has no bf16 arithmetic")
+
+    def _dtype(self, dtype: Dtype, reason: str) -> Dtype:
+        self._choose("model.dtype", dtype, reason)
+        return dtype
+
+    def attention(self, dtype: str, kernels: frozenset[str] = ALL_KERNELS) -> str:
+        """`kernels` are those that the architecture has."""
+        asked = self._config.model.attention
+        if asked != "auto" and asked not in kernels:
+            raise _refused(
+                "model.attention", asked, "the model's architecture has no such kernel", " or ".join(sorted(kernels))
+            )
+        missing = self._flash_attention_missing(dtype)
+        if missing is None and "flash_attention_2" not in kernels:
+            missing = "the model's architecture has no FlashAttention 2"
+        if asked == "flash_attention_2" and missing:
+            raise EnvironmentProblem(
+                f"model.attention flash_attention_2 cannot be used: {missing}",
+                where="model.attention",
+                remedy="use attention: auto or sdpa",
+            )
+        if asked != "auto":
+            return asked
+        if missing is None:
+            return self._choose("model.attention", "flash_attention_2", "package and GPU allow it")
+        if "sdpa" not in kernels:
+            return self._choose("model.attention", "eager", f"the model's architecture has no sdpa, and {missing}")
+        return self._choose("model.attention", "sdpa", missing)
+
+    def quantization(self, stored: str | None) -> str:
+        """`stored` is the quantization in which the base's files are; None for whole weights."""
+        asked = self._config.model.quantization
+        if stored is None or asked == stored:
+            return asked
+        if asked != "none":
+            raise _refused("model.quantization", asked, f"the base's files are stored in {stored}", stored)
+        if self._config.adapter.method == "full":
+            raise _refused("adapter.method", "full", f"the base's files are stored in {stored}", "lora")
+        return self._choose("model.quantization", stored, f"the base's files are stored in {stored}")
+
+    def _flash_attention_missing(self, dtype: str) -> str | None:
+        """Why FlashAttention 2 cannot be used here; None when it can (Ampere or newer, 16-bit types, package)."""
+        if self._facts.device != "cuda":
+            return "FlashAttention 2 needs a CUDA GPU"
+        if (self._facts.compute_capability or (0, 0)) < (8, 0):
+            return f"{self._facts.name} is older than Ampere"
+        if dtype == "fp32":
+            return "FlashAttention 2 has no fp32 kernels"
+        if importlib.util.find_spec("flash_attn") is None:
+            return "the package flash-attn is not installed"
+        return None
+
+    def max_length(self, model_positions: int | None) -> int:
+        asked = self._config.data.max_length
+        if model_positions is not None and self._config.adapter.method == "prompt_tuning":
+            model_positions = self._positions_beside_virtual_tokens(model_positions)
+        if asked != "auto":
+            if model_positions is not None and asked > model_positions:
+                raise _refused(
+                    "data.max_length", asked, f"the model has {model_positions} positions", f"{model_positions}"
+                )
+            return asked
+        limit = min(model_positions or LONGEST_BY_DEFAULT, LONGEST_BY_DEFAULT)
+        return self._choose("data.max_length", limit, f"the model's positions, at most {LONGEST_BY_DEFAULT}")
+
+    def _positions_beside_virtual_tokens(self, positions: int) -> int:
+        virtual = self._config.adapter.num_virtual_tokens
+        if virtual + 8 > positions:
+            raise _refused(
+                "adapter.num_virtual_tokens",
+                virtual,
+                f"the model has {positions} positions",
+                f"at most {positions - 8}",
+            )
+        return positions - virtual
+
+    def micro_batch_size(self, longest_row: int, *, packed: bool = False) -> int:
+        asked = self._config.training.micro_batch_size
+        batch = self._config.training.batch_size
+        if asked != "auto":
+            return asked
+        by_rows = self._facts.device == "cpu" and not packed
+        most = 16 if by_rows else max(1, 4096 // max(longest_row, 1))
+        # A divisor of the batch: every micro batch of a step is then equally full.
+        fitting = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= max(most, 1))
+        reason = (
+            "a whole batch of short rows at once" if fitting == batch else "a divisor of batch_size, about 4096 tokens"
+        )
+        return self._choose("training.micro_batch_size", fitting, reason)
+
+    def gradient_checkpointing(self, longest_row: int, parameters: int) -> bool:
+        asked = self._config.training.gradient_checkpointing
+        if asked in ("full", True):
+            return True
+        if asked in ("none", False):
+            return False
+        wanted = parameters >= 500_000_000 or longest_row > 2048
+        reason = "a large base or long rows" if wanted else "a base under 0.5 B parameters and rows up to 2048 tokens"
+        return self._choose("training.gradient_checkpointing", "full" if wanted else "none", reason) == "full"
+
+    def loss_head(self, micro_batch_size: int, longest_row: int, vocabulary: int) -> str:
+        asked = self._config.training.loss_head
+        if asked != "auto":
+            return asked
+        logits_bytes = micro_batch_size * longest_row * vocabulary * 4
+        if logits_bytes > LARGE_LOGITS_BYTES:
+            return self._choose(
+                "training.loss_head", "chunked", f"the logits of a micro batch would take {format_bytes(logits_bytes)}"
+            )
+        return self._choose("training.loss_head", "full", "the logits of a micro batch are small")
+
+    def optimizer(self) -> str:
+        asked = self._config.training.optimizer
+        if asked in BITSANDBYTES_OPTIMIZERS and importlib.util.find_spec("bitsandbytes") is None:
+            raise EnvironmentProblem(
+                f"{asked} needs bitsandbytes, which is not installed",
+                where="training.optimizer",
+                remedy="pip install 'bitsandbytes>=0.50.2', or use adamw_torch_fused",
+            )
+        if asked != "auto":
+            return asked
+        return self._choose("training.optimizer", "adamw_torch_fused", "AdamW in 32 bits, one fused kernel")
+
+    def simple_defaults(self) -> None:
+        """Keys whose `auto` has one answer in this version."""
+        for key, value, reason in (
+            ("model.placement", "resident", "the whole base is held on the device"),
+            ("model.upcast_unquantized", False, "norms, embeddings and head stay in model.dtype"),
+            ("training.fused_kernels", "none", "only the kernels of torch"),
+            ("devices.strategy", "single", f"one device: {self._facts.name}"),
+            ("devices.processes", 1, "one device"),
+        ):
+            section, name = key.split(".")
+            if getattr(getattr(self._config, section), name) == "auto":
+                self.choices.append(Choice(key, value, reason))
+
+    def eval_steps(self, steps_per_epoch: int, has_eval: bool) -> int | None:
+        asked = self._config.training.eval_every
+        if not has_eval:
+            return None
+        if asked == "auto":
+            return self._choose("training.eval_every", steps_per_epoch, "steps: once an epoch, and at the end")
+        return asked if isinstance(asked, int) else max(1, round(asked * steps_per_epoch))
+
+    def _choose(self, key: str, value: Value, reason: str) -> Value:
+        self.choices.append(Choice(key, value, reason))
+        return value
+
+
+def step_plan(
+    config: Config,
+    chooser: Chooser,
+    *,
+    rows: int,
+    longest_row: int,
+    parameters: int,
+    vocabulary: int,
+    has_eval: bool,
+    packing: Packing | None = None,
+) -> StepPlan:
+    """The optimizer's path for `rows` training rows; with `packing` both counts are those of packed rows."""
+    training = config.training
+    steps_per_epoch = math.ceil(rows / training.batch_size)
+    total = training.max_steps or max(1, round(training.epochs * steps_per_epoch))
+    interval = config.checkpoint.interval()
+    chooser.simple_defaults()
+    micro_batch_size = chooser.micro_batch_size(longest_row, packed=packing is not None)
+    return StepPlan(
+        total_steps=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=0 if training.lr_scheduler_type == "constant" else int(training.warmup_ratio * total),
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        batch_size=training.batch_size,
+        micro_batch_size=micro_batch_size,
+        gradient_checkpointing=chooser.gradient_checkpointing(longest_row, parameters),
+        loss_head=chooser.loss_head(micro_batch_size, longest_row, vocabulary),
+        optimizer=chooser.optimizer(),
+        seed=training.seed,
+        eval_steps=chooser.eval_steps(steps_per_epoch, has_eval),
+        checkpoint_seconds=interval.seconds,
+        checkpoint_steps=interval.steps,
+        checkpoints_kept=config.checkpoint.keep,
+        trainer=dict(config.trainer),
+        packing=packing,
+    )
+
+
+def adapter_spec(config: Config) -> AdapterSpec:
+    """The adapter section as the backend takes it."""
+    adapter = config.adapter
+    targets = adapter.target_modules
+    return AdapterSpec(
+        method=adapter.method,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        modules_to_save=tuple(adapter.modules_to_save),
+        layers_to_transform=None if adapter.layers_to_transform is None else tuple(adapter.layers_to_transform),
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        loraplus_ratio=adapter.loraplus_ratio if adapter.method in ("lora", "dora", "rslora") else None,
+        num_virtual_tokens=adapter.num_virtual_tokens,
+    )
+
+
+_USED_BY: dict[str, frozenset[str]] = {
+    "full": frozenset(),
+    "ia3": frozenset({"target_modules", "modules_to_save"}),
+    "prompt_tuning": frozenset({"num_virtual_tokens"}),
+}
+
+
+def unused_adapter_keys(config: Config, keys_set: frozenset[str]) -> list[str]:
+    """Keys of the adapter section that the user set and that the chosen method does not use, one note each."""
+    method = config.adapter.method
+    everything = frozenset(type(config.adapter).model_fields) - {"method"}
+    used = _USED_BY.get(method, everything - {"num_virtual_tokens"})
+    return [
+        f"adapter.{name} is not used by method {method}"
+        for name in sorted(everything - used)
+        if f"adapter.{name}" in keys_set
+    ]
+
+
+def _refused(key: str, value: object, reason: str, works: str) -> ConfigError:
+    return ConfigError(
+        "config", [ConfigProblem(key, f"{value!r} cannot be used here: {reason}", remedy=f"use {works}")]
+    )

@@ -1,0 +1,96 @@
+"""The memory that the run's step will need, said before the base model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.data.shards import Shard
+from charkha.errors import CharkhaError
+from charkha.plan.architecture import read_architecture
+from charkha.plan.memory import MemoryPreview, preview_memory
+from charkha.plan.memory_settings import MemorySettings
+from charkha.units import format_bytes
+
+_TERMS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is written to plan.json; `memory` is None where the closed form does not cover the run, with the reason."""
+
+    memory: MemoryPreview | None
+    reason: str | None
+
+    def sentence(self) -> str:
+        """One line for the person watching."""
+        if self.memory is None:
+            return f"no memory preview: {self.reason}"
+        terms = islice(self.memory.breakdown.items(), _TERMS_SHOWN)
+        parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in terms)
+        peak = format_bytes(self.memory.peak_bytes)
+        return f"memory preview: {peak} of live tensors at the {self.memory.peak_moment} ({parts}, ...)"
+
+    def record(self) -> dict[str, Any]:
+        """plan.json: keys as in the JSON contract of a plan; None where this version does not say."""
+        memory = self.memory
+        return {
+            "method": "closed_form",
+            "peak_allocated_bytes": memory.peak_bytes if memory else None,
+            "peak_moment": memory.peak_moment if memory else None,
+            "breakdown": memory.breakdown if memory else None,
+            "trainable_parameters": memory.trainable_parameters if memory else None,
+            "reasons": [self.reason] if self.reason else list(memory.notes if memory else ()),
+        }
+
+
+def preview(
+    config: dict[str, Any],
+    base: BaseModelSpec,
+    adapter: AdapterSpec,
+    plan: StepPlan,
+    shard: Shard,
+    row_tokens: int,
+) -> Preview:
+    """The closed form for this run's longest micro batch; never an error, since the run does not need it."""
+    if adapter.method not in ("full", "lora", "rslora") or base.quantization not in ("none", "nf4"):
+        return Preview(None, f"adapter.method {adapter.method} on a base in {base.quantization} is not counted yet")
+    settings = MemorySettings(
+        dtype=base.dtype,
+        rows=plan.micro_batch_size,
+        tokens=row_tokens,
+        method="full" if adapter.method == "full" else "lora",
+        quantization=cast(Literal["none", "nf4"], base.quantization),
+        r=adapter.r,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.target_modules,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        accumulation_steps=-(-plan.batch_size // plan.micro_batch_size),
+        loss_head="chunked" if plan.loss_head == "chunked" else "full",
+        trained_positions=_trained_positions(shard, plan) if plan.packing is None else None,
+        optimizer=plan.optimizer,
+        device=cast(Literal["cpu", "cuda", "mps"], base.device),
+        attention=base.attention,
+    )
+    try:
+        return Preview(preview_memory(read_architecture(config), settings), None)
+    except CharkhaError as error:
+        return Preview(None, error.message)
+
+
+def _trained_positions(shard: Shard, plan: StepPlan) -> int:
+    """Positions of the longest micro batch whose logits the loss takes: columns where some row is trained, in all rows.
+
+    (The chunked head takes the trained tokens alone, which are at most as many.)
+    """
+    longest = np.argsort(shard.lengths, kind="stable")[-plan.micro_batch_size :]
+    columns = np.zeros(int(shard.lengths.max()), dtype=bool)
+    for row in longest:
+        trained = shard.trained(int(row))
+        columns[: len(trained)] |= trained
+    columns[0] = False  # nothing predicts the first token
+    return int(columns.sum()) * len(longest)
