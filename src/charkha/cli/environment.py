@@ -1,0 +1,36 @@
+"""Environment of every command: telemetry of all dependencies off, offline unless fetching, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+# Libraries read these when they are imported, so they are set before any is.
+_ALWAYS = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DISABLE_TELEMETRY": "1",
+    "ANONYMIZED_TELEMETRY": "False",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_UNLESS_SET = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def prepare_environment() -> None:
+    """Sets the variables; those a user may reasonably choose are left as they are found."""
+    os.environ.update(_ALWAYS)
+    for name, value in _UNLESS_SET.items():
+        os.environ.setdefault(name, value)
+
+
+def go_offline() -> None:
+    """No library may look anything up from here on; called by every command that works on local models.
+
+    Must run before huggingface_hub is imported, which reads the variables once.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,0 +1,83 @@
+"""`charkha train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from charkha.cli.terminal import JsonOption, new_app, new_table, note, parse_mapping, run_command, stdout_console
+
+app = new_app()
+EXIT_PAUSED = 75
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's charkha.yaml.", show_default=False)],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key; repeatable.")
+    ] = None,
+    map_: Annotated[
+        str | None, typer.Option("--map", help="Columns by name: prompt=question,completion=answer.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Trains the model that the config describes. Run it again to go on after any stop.
+
+    Ctrl-C finishes the step, saves and leaves with exit code 75; a second Ctrl-C leaves at once with the last saved
+    step.
+
+    Example: charkha train charkha.yaml --set training.learning_rate=1e-4
+    """
+    run_command(lambda: _train(config, [*(set_ or []), *_map_override(map_)]), _show, as_json)
+
+
+def _map_override(text: str | None) -> list[str]:
+    """`--map` as the `--set` that it stands for."""
+    return [f"data.map={json.dumps(parse_mapping(text))}"] if text else []
+
+
+def _train(config: Path, overrides: list[str]) -> dict[str, Any]:
+    from charkha.cli.environment import go_offline
+    from charkha.cli.live import LiveLine
+    from charkha.config_file import load_config
+
+    load_config(config, overrides)  # a broken config is answered before torch is imported
+    go_offline()
+    from charkha.training.session import train as train_run
+
+    live = LiveLine()
+    try:
+        result = train_run(config, overrides, live)
+    finally:
+        live.close()
+    return asdict(result) | ({"exit_code": EXIT_PAUSED} if result.status == "paused" else {})
+
+
+def _show(result: dict[str, Any]) -> None:
+    table = new_table("", ">")
+    rows = {
+        "status": result["status"],
+        "steps": f"{result['steps']} of {result['total_steps']}",
+        "loss, first and last step": _pair(result["loss_first"], result["loss_last"]),
+        "held-out loss, before and after": _pair(result["eval_loss_before"], result["eval_loss_after"]),
+        "tokens": f"{result['tokens']:,}",
+        "tokens per second": str(result["tokens_per_second"]),
+        "seconds": str(result["seconds"]),
+        "adapter": str(result["adapter"]),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    stdout_console().print(table)
+    if result["status"] == "paused":
+        note("paused with everything saved; the same command goes on")
+    else:
+        note(f"next: charkha eval {result['run']}   charkha chat {result['run']}   charkha merge {result['run']}")
+
+
+def _pair(before: float | None, after: float | None) -> str:
+    return " -> ".join("-" if value is None else f"{value:.4f}" for value in (before, after))
