@@ -31,7 +31,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
-ONLY_EAGER = {"bloom", "gemma2", "gpt_oss", "falcon_mamba", "mamba", "mamba2"}
+ONLY_EAGER = {"bloom", "gemma2", "gpt_oss", "falcon_mamba", "mamba", "mamba2", "mpt", "xglm"}
 
 
 def small_model(kind: str, attention: str = "sdpa") -> Any:
