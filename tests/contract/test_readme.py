@@ -24,7 +24,8 @@ ELSEWHERE = ("git clone", "make quickstart", "make test", "charkha fetch", "char
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    blocks = [text for language, text in fenced if not language]
     return [
         line.strip()
         for block in blocks

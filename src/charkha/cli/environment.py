@@ -16,6 +16,8 @@ _UNLESS_SET = {
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # torch's C++ warnings, such as the profiler's about tensors that are older than itself; errors are still written.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from charkha.cli.terminal import JsonOption, new_app, new_table, note, run_command, stdout_console
+from charkha.cli.terminal import JsonOption, near, new_app, new_table, note, run_command, stdout_console
 from charkha.units import format_seconds
 
 app = new_app()
@@ -61,15 +61,16 @@ def _show(result: dict[str, Any]) -> None:
     table.add_row("  new wording", "", _percent(result["exact_match_new_patterns"]))
     table.add_row("held-out loss", f"{result['eval_loss_before']:.3f}", f"{result['eval_loss_after']:.3f}")
     console.print(table)
-    console.print(f"merged model   {result['merged']}  (logits within {result['max_logit_difference']:.1e})")
+    console.print(f"merged model   {near(result['merged'])}  (logits within {result['max_logit_difference']:.1e})")
     times = f"{format_seconds(result['seconds'])}, of it training {format_seconds(result['training_seconds'])}"
     console.print(f"time           {times}")
+    chat = f"charkha chat {near(result['run'])}"
     note(
         "\nNow your own data:\n"
         "  charkha data inspect your.jsonl                        what is in it, and what is wrong with it\n"
         "  charkha init --model MODEL --data your.jsonl           writes charkha.yaml\n"
         "  charkha train charkha.yaml                             trains; run it again to go on after any stop\n"
-        f"  charkha chat {result['run']}   talks to the model you just made"
+        f"  {chat:<52}   talks to the model you just made"
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -61,6 +62,14 @@ def note(text: str) -> None:
     """One line for the person watching; never part of the result."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def near(path: str) -> str:
+    """The path as a person would type it here: relative when it lies below the working folder."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
 
 
 def run_command(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:

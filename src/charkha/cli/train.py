@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from charkha.cli.terminal import JsonOption, new_app, new_table, note, parse_mapping, run_command, stdout_console
+from charkha.cli.terminal import JsonOption, near, new_app, new_table, note, parse_mapping, run_command, stdout_console
 
 app = new_app()
 EXIT_PAUSED = 75
@@ -76,7 +76,8 @@ def _show(result: dict[str, Any]) -> None:
     if result["status"] == "paused":
         note("paused with everything saved; the same command goes on")
     else:
-        note(f"next: charkha eval {result['run']}   charkha chat {result['run']}   charkha merge {result['run']}")
+        run = near(result["run"])
+        note(f"next: charkha eval {run}   charkha chat {run}   charkha merge {run}")
 
 
 def _pair(before: float | None, after: float | None) -> str:

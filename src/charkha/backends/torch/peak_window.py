@@ -32,10 +32,16 @@ class PeakWindow(TrainerCallback):  # type: ignore[misc]  # transformers ships n
             self._window = CpuPeak(kwargs["model"], kwargs["optimizer"])
             self._window.__enter__()
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._window is not None:
+            self._window.cut()  # the profiler keeps some KiB an operator until then
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         if self._steps == _STEPS:
             self.close()
+        elif self._window is not None:
+            self._window.cut()
 
     def close(self) -> None:
         """Ends the measurement, also of a run of one step or of one that failed."""
