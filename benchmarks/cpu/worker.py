@@ -94,8 +94,9 @@ def bare(folder: Path, rows: int, dtype: str) -> dict:
     import torch
 
     from charkha.backends.base import AdapterSpec, BaseModelSpec
+    from charkha.backends.torch.adapters import attach_adapter
     from charkha.backends.torch.batches import MicroBatchPlan, collate
-    from charkha.backends.torch.model import attach_adapter, load_base
+    from charkha.backends.torch.model import load_base
     from charkha.data.formats import read_rows
     from charkha.data.shards import open_shard, write_shard
     from charkha.data.templates import load_template

@@ -58,3 +58,37 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path):
     whole = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
     cut = load_file(tmp_path / "cut/adapter/adapter_model.safetensors")
     assert all((whole[name] == cut[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 64])
+def test_torchs_variable_length_kernel_attends_as_document_by_document(sliding_window):
+    """bf16, grouped key-value heads; outputs and gradients against sdpa over each document in fp32."""
+    import torch
+
+    from charkha.backends.torch import document_attention
+
+    lengths = [5, 130, 1, 64, 300]
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4
+    torch.manual_seed(0)
+    shapes = ((1, 8, sum(lengths), 64), (1, 2, sum(lengths), 64), (1, 2, sum(lengths), 64))
+    exact = [torch.randn(shape, device="cuda").bfloat16().float().requires_grad_() for shape in shapes]
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    assert document_attention._has_kernel(narrow[0])
+    assert not document_attention._has_kernel(exact[0])
+    settings = {"scaling": 0.125, "sliding_window": sliding_window, "cu_seq_lens_q": bounds, "max_length_q": 300}
+    outputs = [
+        document_attention.documents_attention(module, *tensors, None, **settings)[0] for tensors in (exact, narrow)
+    ]
+    slope = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(slope.to(output.dtype))
+    pairs = [outputs, *([wide.grad, short.grad] for wide, short in zip(exact, narrow, strict=True))]
+    for wide, short in pairs:
+        assert (wide - short.float()).abs().max() < 0.02 * wide.abs().max()
+
+
+def test_a_packed_run_learns_through_the_kernel(tmp_path):
+    result = train(tmp_path / "run", "data.packing=true", "model.dtype=bf16", "model.attention=sdpa")
+    assert result["eval_loss_after"] < result["eval_loss_before"]

@@ -12,7 +12,7 @@ import pytest
 from charkha.data.packing import pack
 from charkha.data.shards import Shard
 from charkha.errors import ConfigError
-from charkha.plan.packing_support import KEEP_APART, LEAK, PackingLeaks
+from charkha.plan.packing_support import BY_MASK, KEEP_APART, LEAK, PackingLeaks
 from charkha.store.runs import RunFolder
 
 MakeProject = Callable[..., Any]
@@ -77,7 +77,7 @@ def loss_and_gradients(model: Any, batches: list[dict[str, Any]], way: str = "fu
     for batch in batches:
         loss = training_loss(model, batch, count, way)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -117,6 +117,49 @@ def test_a_packed_step_has_the_loss_and_gradients_of_the_same_documents_unpacked
 @pytest.mark.parametrize("kind", sorted(KEEP_APART))
 def test_architectures_on_the_list_keep_documents_of_a_row_apart(kind: str, one_row: bool) -> None:
     assert proof_of(small_model(kind), one_row=one_row).holds
+
+
+@pytest.mark.parametrize("kind", sorted(KEEP_APART - ONLY_EAGER - BY_MASK))
+def test_documents_are_apart_when_their_bounds_take_the_place_of_a_mask(kind: str) -> None:
+    """Sliding windows are shorter than some of the documents."""
+    from charkha.backends.torch.document_attention import use_document_attention
+
+    model = small_model(kind)
+    assert use_document_attention(model)
+    proof = proof_of(model, one_row=True)
+    assert proof.holds
+    assert proof.difference < 1e-6
+
+
+@pytest.mark.parametrize("kind", sorted(BY_MASK))
+def test_where_the_bounds_get_lost_rows_stand_side_by_side_under_a_mask(kind: str) -> None:
+    from charkha.backends.torch.packing_proof import choose_packed_layout
+
+    model = small_model(kind)
+    attention = model.config._attn_implementation
+    one_row, proof = choose_packed_layout(model, DOCUMENTS, 2, dtype="fp32", quantization="none", attention=attention)
+    assert (one_row, proof.holds, model.config._attn_implementation) == (False, True, attention)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_step_over_bounds_has_the_gradients_of_the_same_documents_unpacked(kind: str) -> None:
+    import torch
+
+    from charkha.backends.torch.batches import collate, collate_packed
+    from charkha.backends.torch.document_attention import use_document_attention
+
+    model = small_model(kind)
+    everything = np.arange(DOCUMENTS.rows)
+    alone = loss_and_gradients(model, [collate(DOCUMENTS, everything[:6], 2), collate(DOCUMENTS, everything[6:], 2)])
+    assert use_document_attention(model)
+    rows = pack(DOCUMENTS.lengths, 64).deal(DOCUMENTS.lengths, seed=1, epoch=0, fingerprint="data")
+    packed = loss_and_gradients(model, [collate_packed(DOCUMENTS, rows, 2, one_row=True)])
+    assert packed[0] == pytest.approx(alone[0], rel=1e-5)
+    for name, gradient in alone[1].items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(packed[1][name], gradient, atol=2e-5 * max(scale, 1e-3), rtol=0), name
+    padded = loss_and_gradients(model, [collate(DOCUMENTS, everything, 2)])
+    assert padded[0] == pytest.approx(alone[0], rel=1e-5), "padded rows, as evaluation has them, go on as before"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "phi3"])
@@ -343,7 +386,7 @@ def test_auto_is_off_on_a_cpu_and_says_why(project: MakeProject) -> None:
     work.train()
     (choice,) = packing_choices(work)
     assert choice["value"] is False
-    assert "on a CPU packed rows took" in choice["reason"]
+    assert "on a CPU that is nearly as fast" in choice["reason"]
 
 
 @pytest.fixture
@@ -379,6 +422,25 @@ def test_auto_gives_up_packing_when_the_loaded_model_leaks_and_stays_with_it(pro
     assert RunFolder(work.run_folder()).read_manifest()["plan"]["packing"] is None
     resumed, _ = work.train()
     assert (resumed.status, resumed.resumes, resumed.steps) == ("done", 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention", "against"),
+    [
+        ("llama", "sdpa", None),
+        ("llama", "flash_attention_2", None),
+        ("llama", "eager", "square of its length"),
+        ("stablelm", "sdpa", "square of its length"),
+        ("unheard_of", "sdpa", "not measured"),
+    ],
+)
+def test_on_a_gpu_auto_packs_where_the_kernel_is_given_the_documents_bounds(
+    model_type: str, attention: str, against: str | None
+) -> None:
+    from charkha.training.packing_choice import _not_worth_it
+
+    reason = _not_worth_it(model_type, "cuda", attention)
+    assert reason is None if against is None else against in str(reason)
 
 
 def test_auto_leaves_enough_optimizer_steps(project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from charkha.errors import CharkhaError
 from charkha.plan.architecture import read_architecture
 from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.packing_support import BY_MASK
 from charkha.units import format_bytes
 
 _TERMS_SHOWN = 4
@@ -75,6 +76,8 @@ def preview(
         optimizer=plan.optimizer,
         device=cast(Literal["cpu", "cuda", "mps"], base.device),
         attention=base.attention,
+        # Packed rows are given to the kernel by their documents' bounds, or have no padding: no mask either way.
+        padded=False if plan.packing is not None and config.get("model_type") not in BY_MASK else None,
     )
     try:
         return Preview(preview_memory(read_architecture(config), settings), None)

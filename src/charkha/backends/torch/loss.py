@@ -25,7 +25,7 @@ _CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
 
 def choose_loss(model: Any, wanted: str) -> str:
     """`own`, `full` or `chunked` for this model; `wanted` is the config's training.loss_head."""
-    causal = _causal_model(model)
+    causal = causal_model(model)
     config = causal.config.get_text_config()
     if _has_virtual_tokens(model) or hasattr(config, "router_aux_loss_coef"):
         return "own"
@@ -95,7 +95,7 @@ def training_loss(
 def _chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     hidden = _last_hidden_states(model, inputs)
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    causal = _causal_model(model)
+    causal = causal_model(model)
     head = causal.get_output_embeddings()
     return _HeadLoss.apply(hidden[rows, columns], head.weight, head.bias, labels[rows, columns + 1], _softcap(causal))
 
@@ -103,7 +103,7 @@ def _chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) 
 def _last_hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the head would be given, [rows, tokens, hidden]; the head itself runs on no position."""
     caught: list[torch.Tensor] = []
-    body = _causal_model(model).get_decoder()
+    body = causal_model(model).get_decoder()
     hook = body.register_forward_hook(lambda module, args, output: caught.append(output[0]))
     try:
         none = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
@@ -167,7 +167,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]  # its base is u
         return (*scaled, None, None)
 
 
-def _causal_model(model: Any) -> Any:
+def causal_model(model: Any) -> Any:
     """The transformers model with the head, under whatever adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

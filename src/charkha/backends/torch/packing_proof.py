@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from charkha.backends.torch.batches import collate_packed
+from charkha.backends.torch.document_attention import leave_document_attention, use_document_attention
+from charkha.backends.torch.loss import causal_model
 from charkha.data.shards import Shard
 from charkha.plan.packing_support import PackingLeaks
 
@@ -42,19 +44,32 @@ class PackingProof:
         return self.difference <= self.tolerance
 
 
-def require_documents_apart(
-    model: Any, shard: Shard, pad_id: int, *, dtype: str, quantization: str, one_row: bool
-) -> PackingProof:
-    """The proof, where it holds. Raises PackingLeaks where it does not."""
-    proof = prove_packing(model, shard, pad_id, dtype=dtype, quantization=quantization, one_row=one_row)
+def choose_packed_layout(
+    model: Any, shard: Shard, pad_id: int, *, dtype: str, quantization: str, attention: str
+) -> tuple[bool, PackingProof]:
+    """(one_row of `collate_packed`, the proof that it keeps documents apart); the model is left ready for it.
+
+    One row without padding where the kernel is given the documents' bounds: FlashAttention, or document_attention in
+    place of sdpa. Where those bounds get lost on their way through the model, rows side by side under a mask. Raises
+    PackingLeaks where that leaks too.
+    """
+    arguments = (model, shard, pad_id)
+    causal = causal_model(model)
+    if use_document_attention(causal):
+        proof = prove_packing(*arguments, dtype=dtype, quantization=quantization, one_row=True)
+        if proof.holds:
+            return True, proof
+        leave_document_attention(causal)
+    one_row = attention.startswith("flash_attention")
+    proof = prove_packing(*arguments, dtype=dtype, quantization=quantization, one_row=one_row)
     if not proof.holds:
         raise PackingLeaks(
-            f"documents in one row see each other in this model ({type(model).__name__}): its logits differ by "
+            f"documents in one row see each other in this model ({type(causal).__name__}): its logits differ by "
             f"{proof.difference:.2g} of the largest from those of each document alone (rounding: {proof.tolerance:g})",
             where="data.packing",
             remedy="set data.packing: false",
         )
-    return proof
+    return one_row, proof
 
 
 def prove_packing(

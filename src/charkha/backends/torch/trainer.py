@@ -32,7 +32,7 @@ from charkha.backends.torch.held_out import held_out_loss
 from charkha.backends.torch.loss import choose_loss, training_loss
 from charkha.backends.torch.memory import device_memory_bytes, peak_device_memory_bytes
 from charkha.backends.torch.model import load_base, quantized_modules
-from charkha.backends.torch.packing_proof import require_documents_apart
+from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
@@ -66,10 +66,7 @@ def train(
     """
     set_seed(plan.seed)  # before the adapter draws its first numbers
     model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
-    # FlashAttention takes documents of any number in one row; the others hold a mask of a row's square.
-    one_row = base.attention.startswith("flash_attention")
-    if plan.packing is not None:
-        _prove_packing(model, base, train_shard, pad_id, one_row, record)
+    one_row = False if plan.packing is None else _lay_out_packed_rows(model, base, train_shard, pad_id, record)
     micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row)
     elements = plan.total_steps * micro_batches.micro_batches_per_step
     trainer = _Trainer(
@@ -316,15 +313,16 @@ def _training_precision(base: BaseModelSpec, adapter: AdapterSpec) -> BaseModelS
     return dataclasses.replace(base, dtype="fp32") if adapter.method == "full" else base
 
 
-def _prove_packing(model: Any, base: BaseModelSpec, shard: Shard, pad_id: int, one_row: bool, record: Recorder) -> None:
-    proof = require_documents_apart(
-        model, shard, pad_id, dtype=base.dtype, quantization=base.quantization, one_row=one_row
+def _lay_out_packed_rows(model: Any, base: BaseModelSpec, shard: Shard, pad_id: int, record: Recorder) -> bool:
+    one_row, proof = choose_packed_layout(
+        model, shard, pad_id, dtype=base.dtype, quantization=base.quantization, attention=base.attention
     )
     text = (
         f"documents of a packed row do not see each other: logits as of each alone, to {proof.difference:.1e} of the "
         f"largest (rounding is up to {proof.tolerance:g})"
     )
     record("note", text=text)
+    return one_row
 
 
 def _adapters_in_fp32(model: Any, adapter: AdapterSpec) -> None:
