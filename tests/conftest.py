@@ -24,6 +24,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-cells", help="write what tests/matrix sees into this folder instead of comparing it")
+
+
 WORDS = ("tea", "rice", "wheel", "cotton", "river", "lamp", "train", "field", "paper", "stone", "cloud", "seed", "iron")
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}<|assistant|>{% generation %}"

@@ -24,7 +24,7 @@ from charkha.data.tokenize import encode_prompt
 from charkha.errors import RunFolderError, UsageError
 from charkha.store.runs import RunFolder
 from charkha.training.dataset import PreparedData, encode_file
-from charkha.training.session import reopen
+from charkha.training.opening import reopen
 
 _ROOM_FOR_LONGER_ANSWERS = (
     8  # tokens beyond the longest expected answer: an answer that goes on is then seen to be wrong

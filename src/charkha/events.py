@@ -1,6 +1,7 @@
 """The record vocabulary: one JSON object a line in events.jsonl, each with `event`, `version` and `time_unix_s`.
 
-    step        step, loss, learning_rate, grad_norm, tokens, seconds, tokens_per_second, memory_bytes
+    step        step, total_steps, loss, learning_rate, grad_norm, tokens, seconds, tokens_per_second, memory_bytes,
+                temperature_c, power_w (of the device that trains; null where they cannot be read)
     eval        step, eval_loss, eval_tokens, seconds
     checkpoint  step, path, bytes, seconds
     resume      from_step, path, skipped      readers pass over step and eval events beyond from_step that stand earlier

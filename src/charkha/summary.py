@@ -28,6 +28,8 @@ class RunSummary:
     tokens_per_second: float | None
     seconds_left: float | None
     memory_bytes: int | None
+    temperature_c: float | None  # of the device that trains, at the last step
+    power_w: float | None
     resumes: int
     last_event_unix_s: float | None
     reason: str | None
@@ -62,6 +64,8 @@ def summarize(run: RunFolder) -> RunSummary:
         tokens_per_second=rate,
         seconds_left=(total - last["step"]) * step_seconds if total and step_seconds and status == "running" else None,
         memory_bytes=last.get("memory_bytes"),
+        temperature_c=last.get("temperature_c"),
+        power_w=last.get("power_w"),
         resumes=sum(event["event"] == "resume" for event in events),
         last_event_unix_s=events[-1]["time_unix_s"] if events else None,
         reason=states[-1].get("reason") if states else None,

@@ -24,18 +24,46 @@ def lora(*targets: str) -> AdapterSpec:
     return AdapterSpec("lora", 4, 8, 0.0, targets if len(targets) != 1 else targets[0])
 
 
-def test_a_base_whose_linear_layers_would_stay_whole_is_refused_in_four_bits(
-    new_model: Callable[..., Path], tmp_path: Path
+FALCONS = {
+    "multi-query": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},
+    "grouped, with two norms": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+    "with biases and alibi": {"multi_query": False, "new_decoder_architecture": False, "alibi": True, "bias": True},
+}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("shape", FALCONS)
+def test_every_linear_layer_of_falcon_is_quantized_to_its_own_weights(
+    new_model: Callable[..., Path], tmp_path: Path, shape: str, quantization: str
 ) -> None:
     """Falcon's linear class is a subclass of nn.Linear, which transformers does not replace and says nothing."""
-    from charkha.backends.torch.model import load_base
+    import torch
 
-    folder = new_model(
-        tmp_path / "falcon", "falcon", num_kv_heads=4, new_decoder_architecture=False, alibi=False, ffn_hidden_size=172
-    )
-    load_base(spec(folder))
+    from charkha.backends.torch.model import load_base, quantized_modules
+
+    folder = new_model(tmp_path / "falcon", "falcon", ffn_hidden_size=172, **FALCONS[shape])
+    whole, packed = load_base(spec(folder)), load_base(spec(folder, quantization))
+    linears = {
+        name for name, module in whole.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert set(quantized_modules(packed)) == linears
+    ids = torch.arange(24)[None] + 8
+    with torch.no_grad():
+        exact, rounded = whole(ids).logits, packed(ids).logits
+    noise = float((exact - rounded).abs().mean() / exact.abs().mean())
+    assert 0 < noise < (0.05 if quantization == "int8" else 0.4)
+
+
+def test_a_base_whose_linear_layers_would_stay_whole_is_refused_in_four_bits(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from charkha.backends.torch import model
+
+    monkeypatch.setattr(model, "quantizable_class", lambda model_type: AutoModelForCausalLM)
     with pytest.raises(EnvironmentProblem, match="FalconLinear"):
-        load_base(spec(folder, "nf4"))
+        model.load_base(spec(model_folder("falcon"), "nf4"))
 
 
 def copy_of(folder: Path, target: Path) -> Path:

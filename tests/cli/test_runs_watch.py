@@ -25,7 +25,7 @@ def run(tmp_path):
     for step in range(1, 5):
         folder.append(
             "step", step=step, total_steps=10, loss=3.0 - step / 10, tokens=100, seconds=0.5, tokens_per_second=200.0,
-            memory_bytes=1 << 20, learning_rate=1e-3, grad_norm=1.0,
+            memory_bytes=1 << 20, learning_rate=1e-3, grad_norm=1.0, temperature_c=71.0, power_w=312.4,
         )  # fmt: skip
     return folder
 
@@ -76,6 +76,14 @@ def test_watch_shows_a_run_that_has_ended_once(run):
     assert result.exit_code == 0
     assert "not finite" in result.stdout
     assert json.loads(CliRunner().invoke(app, ["watch", str(run.path), "--json"]).stdout)["status"] == "failed"
+
+
+def test_heat_and_power_are_shown_where_a_step_has_them(run):
+    shown = CliRunner().invoke(app, ["watch", str(run.path), "--once"]).stdout
+    assert "71 °C" in shown
+    assert "312 W" in shown
+    run.append("step", step=5, total_steps=10, loss=2.0, tokens=100, seconds=0.5, tokens_per_second=1.0, memory_bytes=1)
+    assert summarize(run).temperature_c is None
 
 
 def test_watch_of_a_folder_without_a_run_says_so(tmp_path):

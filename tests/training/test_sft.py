@@ -148,7 +148,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(project: MakePro
     result, _ = work.train()
     from charkha.backends.torch.batches import MicroBatchPlan, collate
     from charkha.store.runs import RunFolder
-    from charkha.training.session import reopen
+    from charkha.training.opening import reopen
 
     config, _, data = reopen(RunFolder(work.run_folder()))
     plan = MicroBatchPlan(data.train, batch_size=8, micro_batch_size=8, seed=config.training.seed,

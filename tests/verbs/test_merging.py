@@ -33,7 +33,7 @@ def base_and_adapter(run: Any, quantization: str = "none") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from charkha.store.runs import RunFolder
-    from charkha.training.session import reopen
+    from charkha.training.opening import reopen
 
     _, base, data = reopen(RunFolder(run))
     settings = {}

@@ -30,7 +30,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Shows a run as it goes: step, loss, tokens/s, memory, time left. Leaves when the run ends, or with Ctrl-C.
+    """Shows a run as it goes: step, loss, tokens/s, memory, heat, power, time left. Ends with the run, or with Ctrl-C.
 
     It only reads the run folder, so it may be started and stopped at any time, from any terminal.
 
@@ -88,6 +88,8 @@ def _view(summary: RunSummary) -> RenderableType:
         "held-out loss": f"{_number(summary.eval_loss_before)} -> {_number(summary.eval_loss)}",
         "tokens/s": "-" if summary.tokens_per_second is None else format_count(round(summary.tokens_per_second)),
         "memory": "-" if summary.memory_bytes is None else format_bytes(summary.memory_bytes),
+        "temperature": "-" if summary.temperature_c is None else f"{summary.temperature_c:.0f} °C",
+        "power": "-" if summary.power_w is None else f"{summary.power_w:.0f} W",
         "left": "-" if summary.seconds_left is None else format_seconds(summary.seconds_left),
         "last sign of life": "-" if summary.quiet_seconds is None else f"{format_seconds(summary.quiet_seconds)} ago",
         "resumes": str(summary.resumes),

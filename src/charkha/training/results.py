@@ -56,7 +56,7 @@ def result_of(
         tokens=tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else None,
         seconds=round(seconds, 2),
-        energy_kwh=None,
+        energy_kwh=_energy_kwh(steps),
         loss_first=_loss(steps, 0),
         loss_last=_loss(steps, -1),
         eval_loss_before=evals.get(0),
@@ -67,6 +67,13 @@ def result_of(
         peak_memory_bytes=peak_memory_bytes,
         peak_rss_bytes=peak_rss_bytes,
     )
+
+
+def _energy_kwh(steps: list[dict[str, Any]]) -> float | None:
+    """Power of the device that trains, as read at each step, over the steps' seconds; None where a step has none."""
+    if not steps or any(event.get("power_w") is None for event in steps):
+        return None
+    return float(round(sum(event["power_w"] * event["seconds"] for event in steps) / 3.6e6, 6))
 
 
 def _loss(steps: list[dict[str, Any]], place: int) -> float | None:

@@ -17,7 +17,7 @@ from charkha.hardware.probe import peak_rss_bytes
 from charkha.store import durable
 from charkha.store.runs import RunFolder
 from charkha.training.dataset import PreparedData
-from charkha.training.session import reopen
+from charkha.training.opening import reopen
 from charkha.units import format_bytes
 
 Progress = Callable[[str], None]

@@ -14,7 +14,8 @@ from typing import Any
 from charkha.errors import CharkhaError
 from charkha.evaluation import Answer, EvalResult, open_run, score
 from charkha.starter.paths import heldout_file, quickstart_config
-from charkha.training.session import Observer, train
+from charkha.training.opening import Observer
+from charkha.training.session import train
 
 Say = Callable[[str], None]
 

@@ -14,3 +14,10 @@ def find_device() -> tuple[str, str, bool, tuple[int, int] | None]:
     if torch.backends.mps.is_available():
         return "mps", "Apple GPU", True, None
     return "cpu", "CPU", True, None
+
+
+def gpu_uuid() -> str | None:
+    """The UUID of the CUDA device that training uses, by which NVML finds it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(0).uuid)

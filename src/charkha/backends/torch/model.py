@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charkha.backends.base import BaseModelSpec
+from charkha.backends.torch.plain_linear import quantizable_class
 from charkha.backends.torch.quiet import quiet_libraries
 from charkha.errors import EnvironmentProblem
 from charkha.plan.base_checks import check_base_config
@@ -38,6 +39,7 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = read_base_config(spec.path)
+    kind = AutoModelForCausalLM if spec.quantization == "none" else quantizable_class(config.get("model_type"))
     check_base_config(config, str(spec.path))
     kwargs: dict[str, Any] = {"dtype": torch_dtype(spec.dtype), "attn_implementation": spec.attention}
     if spec.quantization != "none" and "quantization_config" not in config:
@@ -45,7 +47,7 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
     if spec.device == "cuda":
         kwargs["device_map"] = {"": 0}  # straight to the card: host RAM need not hold the model
     with _quiet_transformers(), _only_safetensors(spec.path):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = kind.from_pretrained(
             spec.path,
             local_files_only=True,
             trust_remote_code=False,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from charkha.backends.base import AdapterSpec, BaseModelSpec
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.model import read_base_config
+from charkha.backends.torch.plain_linear import SAME_AS_LINEAR
 from charkha.backends.torch.quiet import quiet_libraries
 from charkha.errors import EnvironmentProblem, UsageError
 from charkha.plan.base_checks import check_base_config
@@ -87,7 +88,10 @@ def layers_that_stay_whole(model: PreTrainedModel) -> list[tuple[str, str]]:
     found = [
         (name, type(module).__name__)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and type(module) is not torch.nn.Linear
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and type(module) is not torch.nn.Linear
+        and type(module).__name__ not in SAME_AS_LINEAR
     ]
     found += [(name, f"{parameter.dim()}-D") for name, parameter in model.named_parameters() if _is_stack(parameter)]
     return found

@@ -1,0 +1,158 @@
+"""From the config to all that is decided before the first step; and a run's own record of it, opened again.
+
+Everything that can be refused is refused here, before the base model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.trackers import require_trackers
+from charkha.config import Config
+from charkha.config_file import LoadedConfig, load_config
+from charkha.store.runs import RunFolder
+from charkha.training.base_model import find_base
+from charkha.training.choices import Choice, Chooser, DeviceFacts, adapter_spec, step_plan, unused_adapter_keys
+from charkha.training.dataset import PreparedData, open_prepared, prepare_data
+from charkha.training.packing_choice import choose_packing, packing_note
+from charkha.training.preview import Preview, preview
+from charkha.training.provenance import base_facts
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that is decided before the first step."""
+
+    loaded: LoadedConfig
+    run: RunFolder
+    base: BaseModelSpec
+    adapter: AdapterSpec
+    plan: StepPlan
+    data: PreparedData
+    choices: tuple[Choice, ...]
+    resolved: Config
+    parameters: int
+    memory: Preview
+    packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
+
+
+def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, proved_leak: str | None = None) -> Session:
+    """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock."""
+    from charkha.backends.torch.model import read_base_config
+    from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
+
+    config = loaded.config
+    require_trackers(config.report_to)
+    base_folder = find_base(config.model, loaded.folder)
+    about_base = base_facts(base_folder)
+    facts = _device_facts()
+    chooser = Chooser(config, facts)
+    dtype = chooser.dtype()
+    skeleton = build_skeleton(base_folder)
+    attention = chooser.attention(dtype, attention_kernels(skeleton))
+    quantization = chooser.quantization(about_base.stored_quantization)
+    base = BaseModelSpec(base_folder, dtype, attention, quantization, facts.device)
+    adapter = adapter_spec(config)
+    require_fit(skeleton, base, adapter)
+    max_length = chooser.max_length(about_base.positions)
+    manifest = run.read_manifest() if run.exists else {}
+    data = prepare_data(loaded, base_folder, run.data, max_length, manifest.get("data"))
+    lengths = data.train.lengths
+    proved_leak = proved_leak or manifest.get("packing_leak")
+    packing = choose_packing(
+        config,
+        chooser,
+        lengths,
+        row_tokens=max_length,
+        model_type=str(read_base_config(base_folder).get("model_type")),
+        device=facts.device,
+        attention=attention,
+        proved_leak=proved_leak,
+    )
+    plan = step_plan(
+        config,
+        chooser,
+        rows=packing.rows if packing else len(lengths),
+        longest_row=max_length if packing else int(lengths.max()),
+        parameters=about_base.parameters,
+        vocabulary=about_base.vocabulary,
+        has_eval=data.eval is not None,
+        packing=packing,
+    )
+    for text in (
+        *unused_adapter_keys(config, loaded.keys_set),
+        *data.notes,
+        *(f"chose {choice}" for choice in chooser.choices),
+        *([packing_note(packing, plan.batch_size)] if packing else ()),
+    ):
+        observe({"event": "note", "text": text})
+    memory = preview(
+        read_base_config(base_folder), base, adapter, plan, data.train, max_length if packing else int(lengths.max())
+    )
+    observe({"event": "note", "text": memory.sentence()})
+    resolved = _resolved(loaded, base_folder, tuple(chooser.choices))
+    return Session(
+        loaded,
+        run,
+        base,
+        adapter,
+        plan,
+        data,
+        tuple(chooser.choices),
+        resolved,
+        about_base.parameters,
+        memory,
+        proved_leak,
+    )
+
+
+def _device_facts() -> DeviceFacts:
+    from charkha.backends.torch.device import find_device
+
+    device, name, bf16, capability = find_device()
+    return DeviceFacts(device, name, bf16, capability)
+
+
+def _resolved(loaded: LoadedConfig, base_folder: Path, choices: tuple[Choice, ...]) -> Config:
+    """The config with absolute paths and every `auto` replaced, as it is frozen into the run folder."""
+    config = loaded.config.model_dump(mode="json")
+    if config["model"]["base"] != "starter":
+        config["model"]["base"] = str(base_folder)
+    config["data"]["train"] = [_absolute_source(source, loaded.folder) for source in config["data"]["train"]]
+    held_out = config["data"]["eval"]
+    if isinstance(held_out, str) and not held_out.rstrip().endswith("%"):
+        config["data"]["eval"] = str((loaded.folder / held_out).resolve())
+    config["output"] = str((loaded.folder / config["output"]).resolve())
+    for choice in choices:
+        section, key = choice.key.split(".")
+        config[section][key] = choice.value
+    return Config.model_validate(config)
+
+
+def _absolute_source(source: Any, folder: Path) -> Any:
+    if isinstance(source, dict):
+        return {**source, "path": str((folder / source["path"]).resolve())}
+    return str((folder / source).resolve())
+
+
+def reopen(run: RunFolder) -> tuple[Config, BaseModelSpec, PreparedData]:
+    """Config, base and data of a run as they were frozen: what evaluation, chat and merge work on.
+
+    Raises RunFolderError when the folder holds no run.
+    """
+    config = load_config(run.require().config_path).config
+    base_folder = find_base(config.model, run.path)
+    facts = _device_facts()
+    dtype: Any = config.model.dtype
+    attention = config.model.attention
+    if facts.device != "cuda":
+        dtype = "fp32" if dtype == "fp16" else dtype
+        attention = "sdpa" if attention == "flash_attention_2" else attention
+    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, facts.device)
+    return config, replace(base), open_prepared(run.read_manifest()["data"], run.data, base_folder)
