@@ -455,7 +455,7 @@ devices:
   hosts: []
   shard_dtype: auto
   offload: none
-checkpoint: {every: 5min, keep: 2}
+checkpoint: {every: auto, keep: 2}
 guard: {ups: auto, max_gpu_temperature_c: 83, max_power_w: null, budget: null, windows: []}
 cost: {currency: INR, electricity_per_kwh: 10}
 report_to: none

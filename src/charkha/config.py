@@ -190,8 +190,12 @@ class DevicesSection(Section):
 class CheckpointSection(Section):
     """How much work may be lost."""
 
-    every: str = Field("5min", description="Time (`5min`, `300s`) or steps (`50 steps`) between checkpoints.")
-    keep: int = Field(2, ge=1, description="Newest verified checkpoints kept.")
+    every: str = Field(
+        "auto",
+        description="Time (`5min`, `300s`) or steps (`50 steps`) between checkpoints: at most this much work is lost. "
+        "auto is a minute, or longer where saving would otherwise take over 1 % of the run.",
+    )
+    keep: int = Field(2, ge=1, description="Newest verified checkpoints kept, beside the best and the pinned.")
 
     @field_validator("every")
     @classmethod
@@ -200,19 +204,21 @@ class CheckpointSection(Section):
         return every
 
     def interval(self) -> CheckpointInterval:
-        """The interval as numbers; exactly one of seconds and steps is set."""
+        """The interval as numbers; neither is set for auto."""
         return interval_of(self.every)
 
 
 class CheckpointInterval(Section):
-    """Time or steps between two checkpoints; exactly one is set."""
+    """Time or steps between two checkpoints; neither is set where the cost of saving decides."""
 
     seconds: float | None = None
     steps: int | None = None
 
 
 def interval_of(text: str) -> CheckpointInterval:
-    """`"50 steps"` or a duration. Raises ValueError with both spellings."""
+    """`"50 steps"`, a duration, or `auto`. Raises ValueError with the spellings."""
+    if text.strip() == "auto":
+        return CheckpointInterval()
     number, _, unit = text.strip().partition(" ")
     if unit.strip() in ("step", "steps"):
         if not number.isdigit() or int(number) < 1:

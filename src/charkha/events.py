@@ -3,9 +3,9 @@
     step        step, total_steps, loss, learning_rate, grad_norm, tokens, seconds, tokens_per_second, memory_bytes,
                 temperature_c, power_w (of the device that trains; null where they cannot be read)
     eval        step, eval_loss, eval_tokens, seconds
-    checkpoint  step, path, bytes, seconds
+    checkpoint  step, path, bytes, seconds (until it was on the disk), blocked_seconds (in which training stood still)
     resume      from_step, path, skipped      readers pass over step and eval events beyond from_step that stand earlier
-    status      status: running, paused, done, failed; reason
+    status      status: running, waiting, paused, done, failed; reason
     note        text                          a choice or a fact the user should see
 
 Units are in the names. Keys may be added, never renamed.

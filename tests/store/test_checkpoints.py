@@ -11,20 +11,26 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from charkha.errors import DoesNotFit, RunDamaged
 from charkha.store import checkpoints, durable
-from charkha.store.checkpoints import MANIFEST, CheckpointStore, verify
+from charkha.store.checkpoints import MANIFEST, CheckpointStore, NewFile, verify
 
 
-def commit(store: CheckpointStore, step: int, size: int = 5000) -> Path:
-    staged = store.stage()
-    (staged / "weights.safetensors").write_bytes(bytes([step % 256]) * size)
-    (staged / "inner").mkdir()
-    (staged / "inner" / "state.json").write_text(json.dumps({"step": step}))
-    return store.commit(staged, step).path
+def new_file(name: str, data: bytes) -> NewFile:
+    half = len(data) // 2
+    return NewFile(name, len(data), lambda: [data[:half], memoryview(data)[half:]])
+
+
+def commit(store: CheckpointStore, step: int, size: int = 5000, eval_loss: float | None = None) -> Path:
+    files = [
+        new_file("weights.safetensors", bytes([step % 256]) * size),
+        new_file("inner/state.json", json.dumps({"step": step}).encode()),
+    ]
+    return store.save(step, files, eval_loss=eval_loss).path
 
 
 @pytest.fixture
@@ -52,20 +58,30 @@ def test_a_committed_checkpoint_is_found_with_its_files_and_size(store: Checkpoi
     assert checkpoint.total_bytes == 5000 + len('{"step": 40}')
 
 
-def test_files_are_on_the_disk_before_the_manifest_and_the_manifest_before_the_name(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_on_the_disk_before_the_manifest_and_the_manifest_before_the_name(store: CheckpointStore) -> None:
     order: list[str] = []
-    for name in ("sync_tree", "write_durably", "rename_durably"):
-        original = getattr(durable, name)
 
-        def recorded(*args: object, _name: str = name, _original: Callable[..., None] = original) -> None:
-            order.append(_name)
-            _original(*args)
+    class Recorder(durable.Disk):
+        def sync(self, file: Any) -> None:
+            order.append(f"sync {Path(file.name).name}")
+            super().sync(file)
 
-        monkeypatch.setattr(durable, name, recorded)
-    commit(store, 1)
-    assert order == ["sync_tree", "write_durably", "rename_durably"]
+        def sync_folder(self, folder: Path) -> None:
+            order.append(f"sync {folder.name}/")
+            super().sync_folder(folder)
+
+        def rename(self, source: Path, target: Path) -> None:
+            order.append(f"rename {source.name} {target.name}")
+            super().rename(source, target)
+
+    durable.make_folder(store.folder)
+    with durable.use_disk(Recorder()):
+        commit(store, 1)
+    written = order[order.index("sync weights.safetensors") :]
+    assert written == [
+        "sync weights.safetensors", "sync checkpoint/", "sync checkpoint/", "sync state.json", "sync inner/",
+        f"sync {MANIFEST}", "sync checkpoint/", "rename checkpoint step-000001", "sync checkpoints/", "sync staging/",
+    ]  # fmt: skip
 
 
 def flip_a_byte(folder: Path) -> None:
@@ -179,7 +195,8 @@ def test_the_step_does_not_depend_on_clock_or_file_times(store: CheckpointStore)
 
 
 def test_what_a_crash_left_in_staging_is_no_checkpoint_and_never_part_of_one(store: CheckpointStore) -> None:
-    staged = store.stage()
+    staged = store.staging / "checkpoint"
+    staged.mkdir(parents=True)
     (staged / "left-over.bin").write_bytes(b"garbage")
     assert newest_step(store) is None
     assert "left-over.bin" not in {path.name for path in commit(store, 1).rglob("*")}
@@ -189,6 +206,7 @@ def test_half_removed_checkpoints_are_no_checkpoints_and_are_cleaned_away(store:
     path = commit(store, 5)
     path.rename(path.with_name(f".{path.name}.removed"))
     assert store.newest_verified() == (None, [])
+    store.clear()
     commit(store, 6)
     assert [entry.name for entry in store.folder.iterdir()] == ["step-000006"]
 
@@ -210,9 +228,7 @@ def test_prune_keeps_the_newest(store: CheckpointStore) -> None:
 
 def test_prune_removes_nothing_when_the_new_checkpoint_is_not_what_was_written(store: CheckpointStore) -> None:
     commit(store, 1)
-    staged = store.stage()
-    (staged / "weights.safetensors").write_bytes(b"x" * 100)
-    newest = store.commit(staged, 2)
+    newest = store.save(2, [new_file("weights.safetensors", b"x" * 100)])
     zero = newest.path / "weights.safetensors"
     zero.write_bytes(b"\0" * 100)  # a disk that lies about fsync
     with pytest.raises(RunDamaged, match="SHA-256"):
@@ -244,45 +260,79 @@ def test_a_full_disk_is_told_before_anything_is_written(
 ) -> None:
     commit(store, 1)
     monkeypatch.setattr(durable, "free_bytes", lambda path: 1000)
-    with pytest.raises(DoesNotFit, match="1000 B free") as caught:
-        store.stage(expected_bytes=2000)
-    assert caught.value.exit_code == 3
+    for attempt in (lambda: commit(store, 2), lambda: store.reserve(2000)):
+        with pytest.raises(DoesNotFit, match="1000 B free") as caught:
+            attempt()
+        assert caught.value.exit_code == 3
     assert newest_step(store) == 1
+    assert not any(store.staging.rglob("*"))
 
 
-@pytest.mark.parametrize("failing", ["sync_tree", "write_durably", "rename_durably"])
-def test_a_disk_that_fills_up_during_a_commit_leaves_the_earlier_checkpoint(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, failing: str
+def test_the_room_for_a_checkpoint_is_taken_and_given_to_it(
+    small_disk: Callable[[int], Path],
 ) -> None:
-    commit(store, 1)
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, failing, full)
-        with pytest.raises(OSError, match="No space"):
-            commit(store, 2)
-    assert store.newest_verified()[1] == []
-    assert newest_step(store) == 1
-    commit(store, 2)
+    disk = small_disk(2 << 20)
+    store = CheckpointStore(disk / "run")
+    commit(store, 1, size=300_000)
+    store.reserve(300_100)
+    subprocess.run(["dd", "if=/dev/zero", f"of={disk}/greedy", "bs=4096"], capture_output=True, check=False)
+    assert shutil.disk_usage(disk).free == 0
+    commit(store, 2, size=300_000)  # by now there is no other room
     assert newest_step(store) == 2
+    with pytest.raises(DoesNotFit):
+        store.reserve(300_100)
+
+
+def test_prune_keeps_the_best_and_the_pinned_and_counts_no_damaged_one(store: CheckpointStore) -> None:
+    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: None, 5: 1.6, 6: None, 7: None}
+    for step, loss in losses.items():
+        commit(store, step, eval_loss=loss)
+    (store.folder / "step-000003.pinned").touch()
+    flip_a_byte(store.folder / "step-000006")
+    store.prune(2, checkpoints.read_manifest(store.folder / "step-000007"))
+    left = sorted(path.name for path in store.folder.iterdir() if path.is_dir())
+    assert left == ["step-000002", "step-000003", "step-000005", "step-000006", "step-000007"]
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    store = CheckpointStore(run, anchor=run / "charkha.yaml")
+    with pytest.raises(FileNotFoundError, match="run folder is gone"):
+        commit(store, 1)
+    assert not run.exists()
+
+
+def test_every_single_bit_of_the_manifest_counts(store: CheckpointStore) -> None:
+    path = commit(store, 1, eval_loss=2.5) / MANIFEST
+    good = path.read_bytes()
+    for place in range(len(good) * 8):
+        bad = bytearray(good)
+        bad[place // 8] ^= 1 << place % 8
+        path.write_bytes(bytes(bad))
+        with pytest.raises(RunDamaged):
+            checkpoints.read_manifest(path.parent)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_damage(store: CheckpointStore) -> None:
+    path = commit(store, 1)
+    (path / "optimizer.pt").write_bytes(b"pickle")
+    with pytest.raises(RunDamaged, match=r"optimizer\.pt is not in"):
+        verify(checkpoints.read_manifest(path))
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from charkha.store.checkpoints import CheckpointStore
+from typing import Any
+from charkha.store.checkpoints import CheckpointStore, NewFile
 store = CheckpointStore(Path(sys.argv[1]))
 step = int(sys.argv[2])
 print("ready", flush=True)
 while True:
     step += 1
-    staged = store.stage()
-    for name in ("a", "b", "c"):
-        (staged / name).write_bytes(f"{name}{step}".encode() * 40000)
-    newest = store.commit(staged, step)
-    store.prune(2, newest)
+    contents = [(name, f"{name}{step}".encode() * 40000) for name in ("a", "b", "c")]
+    files = [NewFile(name, len(data), lambda data=data: [data]) for name, data in contents]
+    store.prune(2, store.save(step, files))
 """
 
 

@@ -276,50 +276,117 @@ def test_lost_shards_of_a_run_are_made_again(project: MakeProject) -> None:
     assert_equal(work.weights("cut"), work.weights("whole"))
 
 
-def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_earlier_one(
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is tried again at once."""
+    from charkha.backends.torch import saving
+
+    monkeypatch.setattr(saving, "_RETRY_S", 0.05)
+
+
+def texts(events: list[dict[str, Any]], name: str) -> list[str]:
+    return [event.get("text") or event.get("status") for event in events if event["event"] == name]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("trouble", [28, 30, 5, 122], ids=["full", "read-only", "input/output error", "over quota"])
+@pytest.mark.parametrize("behind", [False, True], ids=["while training waits", "by the other thread"])
+def test_a_disk_that_does_not_take_a_checkpoint_is_waited_for_and_nothing_is_lost(
+    project: MakeProject, monkeypatch: pytest.MonkeyPatch, trouble: int, behind: bool
+) -> None:
+    from charkha.backends.torch import saving
+
+    monkeypatch.setattr(saving, "_room_for_copy", lambda size: behind)
+    work = project()
+    work.train(output="whole")
+    tries: list[int] = []
+    save = CheckpointStore.save
+
+    def fails_three_times(store: CheckpointStore, step: int, files: Any, **rest: Any) -> Any:
+        tries.append(step)
+        if 4 <= step < 6 and len(tries) < 5:
+            raise OSError(trouble, os.strerror(trouble))
+        return save(store, step, files, **rest)
+
+    monkeypatch.setattr(CheckpointStore, "save", fails_three_times)
+    result, events = work.train(output="cut")
+    assert result.status == "done"
+    assert tries[0] == 2
+    assert len(tries) >= 5
+    assert_equal(work.weights("cut"), work.weights("whole"))
+    assert "waiting" in texts(events, "status")
+    assert any("waiting for the disk" in text for text in texts(events, "note"))
+    assert [number for number, *_rest in steps(work.run_folder("cut"))] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stop_while_the_disk_is_full_ends_with_3_and_the_earlier_checkpoint_stands(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import signal
+
     from charkha.store import durable
 
     work = project()
     work.train(output="whole")
-    saves = []
-    commit = CheckpointStore.commit
+    free = durable.free_bytes
 
-    def full(store: CheckpointStore, staged: Path, step: int) -> Any:
-        saves.append(step)
-        if step == 4:
-            raise OSError(28, "No space left on device")
-        return commit(store, staged, step)
+    def fills_up(path: Path) -> int:
+        if (work.run_folder("cut") / "checkpoints/step-000002").exists():
+            signal.raise_signal(signal.SIGTERM)
+            return 10
+        return free(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "commit", full)
-        with pytest.raises(DoesNotFit, match="disk is full") as caught:
+        patch.setattr(durable, "free_bytes", fills_up)
+        with pytest.raises(DoesNotFit, match="10 B free") as caught:
             work.train(output="cut")
-    assert saves == [2, 4]
     assert caught.value.exit_code == 3
     newest, skipped = CheckpointStore(work.run_folder("cut")).newest_verified()
     assert newest is not None
     assert (newest.step, skipped) == (2, [])
-    with monkeypatch.context() as patch:
-        patch.setattr(durable, "free_bytes", lambda path: 10)
-        with pytest.raises(DoesNotFit, match="10 B free"):
-            work.train(output="cut")
     assert work.train(output="cut")[0].status == "done"
     assert_equal(work.weights("cut"), work.weights("whole"))
 
 
-def test_a_small_disk_that_really_is_full_leaves_the_earlier_checkpoint(
+def test_without_room_for_a_checkpoint_no_step_is_taken(project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from charkha.store import durable
+
+    work = project()
+    monkeypatch.setattr(durable, "free_bytes", lambda path: 10)
+    with pytest.raises(DoesNotFit, match="10 B free"):
+        work.train()
+    assert steps(work.run_folder()) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_small_disk_that_really_is_full_is_waited_for_until_there_is_room(
     project: MakeProject, small_disk: Callable[[int], Path]
 ) -> None:
-    disk = small_disk(700_000)  # a checkpoint is about 150 kB, one is kept and one written
-    work = project(checkpoint={"keep": 50, "every": "1 steps"})
-    with pytest.raises(DoesNotFit, match=r"disk (is full|has)"):
-        work.train(output=str(disk / "run"))
-    newest, skipped = CheckpointStore(disk / "run").newest_verified()
-    assert newest is not None
-    assert newest.step >= 1
-    assert not skipped
+    disk = small_disk(1_600_000)
+    ballast = disk / "ballast"
+    work = project(checkpoint={"keep": 1, "every": "1 steps"})
+    work.train(output="whole")
+    seen: list[str] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4096"], capture_output=True, check=False)
+            for reserve in (disk / "run").glob(".room-*"):
+                reserve.unlink()  # as if another program had taken even that
+                subprocess.run(["dd", "if=/dev/zero", f"of={disk}/more", "bs=4096"], capture_output=True, check=False)
+        if event["event"] == "status" and event["status"] == "waiting":
+            seen.append(event["reason"])
+            if len(seen) == 3:
+                ballast.unlink()
+
+    from charkha.training.session import train
+
+    result = train(work.config, [f"output={disk / 'run'}"], observe)
+    assert (result.status, len(seen)) == ("done", 3)
+    assert "free" in seen[0] or "No space" in seen[0]
+    assert [number for number, *_rest in steps(disk / "run")] == [1, 2, 3, 4, 5, 6], "lines wait for the disk as well"
+    assert_equal(work.weights("whole"), work.weights(str(disk / "run")))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(project: MakeProject) -> None:

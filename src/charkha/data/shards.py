@@ -7,7 +7,6 @@ The hash is of the file's bytes, so a shard that was cut or altered is noticed b
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,27 +17,12 @@ import numpy as np
 
 from charkha.data.encoded import EncodedRow
 from charkha.errors import DataError, RunDamaged
+from charkha.store.durable import write_durably
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NAME = re.compile(r".+-([0-9a-f]{16})\.safetensors")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes beside, flushes to disk, renames, flushes the folder: complete or absent, also after a power cut."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is durable by itself or not at all
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_shard(

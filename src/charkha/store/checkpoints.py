@@ -6,17 +6,30 @@ Which one is newest is read from inside the manifests, never from folder names o
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from charkha.errors import DoesNotFit, RunDamaged
 from charkha.store import durable
 from charkha.units import format_bytes
 
 MANIFEST = "MANIFEST.json"
-_FORMAT = 1
+_FORMAT = 2
+_OVERHEAD_BYTES = 256 << 10  # manifest, folders, and the last block of every file
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """One file of a checkpoint to be: `parts` makes its bytes, in order, when they are written."""
+
+    name: str
+    size: int
+    parts: Callable[[], Iterable[durable.Bytes]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Checkpoint:
     path: Path
     step: int
     files: dict[str, tuple[int, str]]  # relative name -> (bytes, sha256)
+    eval_loss: float | None = None  # held-out loss at this step, where it was measured
 
     @property
     def total_bytes(self) -> int:
@@ -43,49 +57,75 @@ class Skipped:
 class CheckpointStore:
     """The checkpoints of one run folder. One writer at a time: the holder of the run's lock."""
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, *, anchor: Path | None = None) -> None:
+        """`anchor` is a file that is there as long as the folder is: without it nothing is written."""
+        self._anchor = anchor
         self.folder = run_folder / "checkpoints"
         self.staging = run_folder / "staging"
+        self._reserve = run_folder / ".room-for-a-checkpoint"
+        self._good: set[Path] = set()  # verified since this store was made
 
-    def stage(self, expected_bytes: int = 0) -> Path:
-        """An empty folder to write the next checkpoint's files into; whatever a crash left there is removed.
-
-        Raises DoesNotFit when the disk has less than `expected_bytes` free.
-        """
-        shutil.rmtree(self.staging, ignore_errors=True)
+    def clear(self) -> None:
+        """Removes what a crash left behind: staged files, half-removed checkpoints, the reserve."""
+        durable.remove_tree(self.staging)
         for doomed in self.folder.glob(".*.removed"):  # a cut between the two steps of a removal
-            shutil.rmtree(doomed, ignore_errors=True)
-        free = durable.free_bytes(self.staging)
-        if free < expected_bytes:
-            raise DoesNotFit(
-                f"a checkpoint needs {format_bytes(expected_bytes)} but the disk has {format_bytes(free)} free",
-                where=str(self.folder),
-                remedy="make room on this disk and run the same command again; earlier checkpoints are untouched",
-            )
-        staged = self.staging / "checkpoint"
-        staged.mkdir(parents=True)
-        return staged
+            durable.remove_tree(doomed)
+        durable.remove_file(self._reserve)
 
-    def commit(self, staged: Path, step: int) -> Checkpoint:
-        """Makes the staged files the checkpoint of `step`: fsync, hash, manifest last, rename, fsync of the parent."""
-        files = {
-            path.relative_to(staged).as_posix(): (path.stat().st_size, durable.sha256_of_file(path))
-            for path in sorted(staged.rglob("*"))
-            if path.is_file()
-        }
-        durable.sync_tree(staged)
-        manifest = {
-            "format": _FORMAT,
-            "step": step,
-            "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
-        }
-        durable.write_durably(staged / MANIFEST, json.dumps(manifest, indent=1).encode())
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def reserve(self, size: int) -> None:
+        """Takes the room of the next checkpoint on the disk, so that nobody else fills it up.
+
+        Raises DoesNotFit when it is not there. Where the system cannot take room, free space is looked at only.
+        """
+        durable.make_folder(self._reserve.parent)
+        durable.remove_file(self._reserve)
+        self._require_room(size + _OVERHEAD_BYTES)
+        try:
+            durable.reserve(self._reserve, size + _OVERHEAD_BYTES)
+        except OSError as error:
+            raise self._no_room(size) from error
+
+    def save(self, step: int, files: Sequence[NewFile], *, eval_loss: float | None = None) -> Checkpoint:
+        """Makes `files` the checkpoint of `step`: written and synced, manifest last, rename, fsync of the parent.
+
+        Raises DoesNotFit when there is not room enough, OSError for what else a disk can do; earlier checkpoints are
+        untouched then.
+        """
+        staged = self.staging / "checkpoint"
+        durable.remove_tree(staged)
+        durable.remove_file(self._reserve)
+        self._require_room(sum(file.size for file in files))
+        written: dict[str, tuple[int, str]] = {}
+        for file in files:
+            path = staged / file.name
+            durable.make_folder(path.parent)
+            written[file.name] = durable.write_file(path, file.parts())
+            durable.sync_folder(path.parent)
+        manifest = _manifest_bytes(step, written, eval_loss)
+        durable.write_file(staged / MANIFEST, [manifest])
+        durable.sync_folder(staged)
+        durable.make_folder(self.folder)
         target = self.folder / f"step-{step:06d}"
+        self._good.discard(target)
         if target.exists():
             durable.remove_folder(target)  # only a checkpoint that failed verification is ever written again
         durable.rename_durably(staged, target)
-        return Checkpoint(target, step, files)
+        return Checkpoint(target, step, written, eval_loss)
+
+    def _require_room(self, size: int) -> None:
+        if self._anchor is not None and not self._anchor.exists():
+            reason = "the run folder is gone: removed, or its disk unmounted"
+            raise FileNotFoundError(errno.ENOENT, reason, str(self._anchor.parent))
+        if durable.free_bytes(self.folder) < size:
+            raise self._no_room(size)
+
+    def _no_room(self, size: int) -> DoesNotFit:
+        free = durable.free_bytes(self.folder)
+        return DoesNotFit(
+            f"a checkpoint needs {format_bytes(size)} but the disk has {format_bytes(free)} free",
+            where=str(self.folder),
+            remedy="make room on this disk and run the same command again; earlier checkpoints are untouched",
+        )
 
     def newest_verified(self) -> tuple[Checkpoint | None, list[Skipped]]:
         """The checkpoint with the highest step whose every file matches its manifest, and those passed over."""
@@ -106,11 +146,13 @@ class CheckpointStore:
         return None, skipped
 
     def prune(self, keep: int, newest: Checkpoint) -> None:
-        """Removes all but the `keep` newest checkpoints; `newest`, just committed, is verified before anything goes.
+        """Removes all but the `keep` newest checkpoints, the best and the pinned; `newest` is verified before any goes.
 
-        A checkpoint beyond `newest` was passed over as damaged when the run was resumed: it does not count and stays.
+        Best is the lowest held-out loss measured at a checkpoint; a file `step-000400.pinned` beside a checkpoint pins
+        it. One beyond `newest` was passed over as damaged when the run was resumed: it does not count and stays.
         """
         verify(newest)
+        self._good.add(newest.path)
         readable: list[Checkpoint] = []
         for folder in self._folders():
             try:
@@ -119,9 +161,24 @@ class CheckpointStore:
                 continue  # damaged folders stay: a person may want to look at them
         readable = [checkpoint for checkpoint in readable if checkpoint.step <= newest.step]
         readable.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
-        for old in readable[keep:]:
-            if old.path != newest.path:
-                durable.remove_folder(old.path)
+        measured = [checkpoint for checkpoint in readable if checkpoint.eval_loss is not None]
+        best = min(measured, key=lambda checkpoint: checkpoint.eval_loss or 0.0, default=newest)
+        kept = 0
+        for checkpoint in readable:
+            if kept < keep:
+                kept += self._is_good(checkpoint)  # a damaged one does not count, and stays to be looked at
+            elif checkpoint.path != best.path and not checkpoint.path.with_suffix(".pinned").exists():
+                durable.remove_folder(checkpoint.path)
+
+    def _is_good(self, checkpoint: Checkpoint) -> bool:
+        """Whether it verifies; each is read once in the life of this store."""
+        if checkpoint.path not in self._good:
+            try:
+                verify(checkpoint)
+            except RunDamaged:
+                return False
+            self._good.add(checkpoint.path)
+        return True
 
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -130,22 +187,41 @@ class CheckpointStore:
 
 
 def read_manifest(folder: Path) -> Checkpoint:
-    """The checkpoint as its manifest describes it. Raises RunDamaged when the manifest is missing or unreadable."""
+    """The checkpoint as its manifest describes it. Raises RunDamaged when the manifest is missing or not as written."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        stored = path.read_bytes()
+        manifest = json.loads(stored)
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step, eval_loss = int(manifest["step"]), manifest["eval_loss"]
         if not files:
             raise ValueError("it names no files")
-        return Checkpoint(folder, int(manifest["step"]), files)
+        if _manifest_bytes(step, files, eval_loss) != stored:
+            raise ValueError("it does not match its own SHA-256")
     except FileNotFoundError:
         raise RunDamaged(f"{MANIFEST} is missing: the checkpoint was never finished", where=str(folder)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDamaged(f"{MANIFEST} cannot be read: {error}", where=str(folder)) from None
+    return Checkpoint(folder, step, files, eval_loss)
+
+
+def _manifest_bytes(step: int, files: dict[str, tuple[int, str]], eval_loss: float | None) -> bytes:
+    """One spelling for one content, with a hash over the rest: any other bytes were damaged."""
+    record: dict[str, Any] = {
+        "format": _FORMAT,
+        "step": step,
+        "eval_loss": eval_loss,
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+    }
+    record["sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Raises RunDamaged naming the first file that is missing or differs in size or SHA-256 (reads every byte)."""
+    """Raises RunDamaged naming the first file that is missing, not named, or differs in size or SHA-256.
+
+    Reads every byte.
+    """
     for name, (size, digest) in checkpoint.files.items():
         path = checkpoint.path / name
         reason = None
@@ -160,3 +236,7 @@ def verify(checkpoint: Checkpoint) -> None:
             reason = f"cannot be read: {error.strerror}"
         if reason is not None:
             raise RunDamaged(f"{name} {reason}", where=str(checkpoint.path))
+    present = {path.relative_to(checkpoint.path).as_posix() for path in checkpoint.path.rglob("*") if path.is_file()}
+    unknown = sorted(present - set(checkpoint.files) - {MANIFEST})
+    if unknown:
+        raise RunDamaged(f"{unknown[0]} is not in {MANIFEST}", where=str(checkpoint.path))

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class RunFolder:
         self.data = path / "data"
         self.adapter = path / "adapter"
         self.merged = path / "merged"
+        self._unwritten: list[str] = []  # events that the disk has not taken yet
 
     @property
     def exists(self) -> bool:
@@ -105,19 +106,27 @@ class RunFolder:
         return manifest
 
     def append(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Appends one event (see events.py) and returns it. Flushed to the system, not to the disk: `sync_events`."""
+        """Appends one event (see events.py) and returns it. Given to the system, not yet to the disk: `sync_events`."""
         event = make_event(name, **fields)
-        line = to_line(event) + "\n"
-        if self._ends_in_part():
-            line = "\n" + line  # a line cut short by a power cut must not swallow this one
-        with self.events_path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        self._unwritten.append(to_line(event) + "\n")
+        with suppress(OSError):  # a full disk: the lines wait here, and the next checkpoint says what is the matter
+            self._write_lines()
         return event
 
     def sync_events(self) -> None:
-        """Puts the events so far on the disk; called with every checkpoint."""
-        if self.events_path.exists():
-            durable.sync_file(self.events_path)
+        """Puts the events so far on the disk; called with every checkpoint. Lines that do not fit yet are kept."""
+        with suppress(OSError):
+            self._write_lines()
+            if self.events_path.exists():
+                durable.sync_file(self.events_path)
+
+    def _write_lines(self) -> None:
+        if not self._unwritten:
+            return
+        data = "".join(self._unwritten).encode()
+        # A line cut short, by a power cut or a full disk, must not swallow the next one.
+        durable.append(self.events_path, b"\n" + data if self._ends_in_part() else data)
+        self._unwritten.clear()
 
     def events(self) -> list[dict[str, Any]]:
         """The events in effect, oldest first; empty when there are none yet."""

@@ -54,7 +54,7 @@ def train(config_path: Path, overrides: list[str], observe: Observer) -> TrainRe
 
 def _train_locked(session: Session, observe: Observer) -> TrainResult:
     run = session.run
-    store = CheckpointStore(run.path)
+    store = CheckpointStore(run.path, anchor=run.config_path)
     started_before = run.exists
     if started_before:
         require_same_run(session)

@@ -1,17 +1,21 @@
 """Training state as safetensors and JSON: adapter or model, optimizer by parameter name, scheduler, random numbers.
 
-Nothing is pickled. Writing and reading are mirror images; a round trip is bit for bit.
+Nothing is pickled. A snapshot is made at a step boundary and written by the store, which knows bytes only; reading puts
+everything back, and a round trip is bit for bit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from charkha.backends.torch.tensor_files import header_of, stored_name, tensor_bytes
 from charkha.errors import RunDamaged
+from charkha.store.checkpoints import NewFile
 
 if TYPE_CHECKING:
     import torch
@@ -24,17 +28,88 @@ RNG_TENSORS = "rng.safetensors"
 RNG_JSON = "rng.json"
 MODEL_TENSORS = "model.safetensors"
 ADAPTER_TENSORS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_JSON = "trainer_state.json"
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """The trained weights: the adapter in PEFT layout, or for full fine-tuning every weight by name."""
+def snapshot(trainer: Any, *, copy: bool) -> list[NewFile]:
+    """Everything a run needs to go on from this step, as files to be written.
+
+    With `copy` the tensors are copied to host memory now, so that training may go on while they are written; without,
+    they are read as they are written, and must not change until then.
+    """
+    model, optimizer = trainer.model, trainer.optimizer
+    files = [
+        tensor_file(ADAPTER_TENSORS if is_peft(model) else MODEL_TENSORS, weights(model), copy=copy),
+        *_optimizer_files(optimizer, model, copy=copy),
+        json_file(SCHEDULER_JSON, _plain_state(trainer.lr_scheduler)),
+        *_rng_files(),
+        json_file(TRAINER_JSON, dataclasses.asdict(trainer.state)),
+    ]
     if is_peft(model):
-        model.save_pretrained(str(folder), safe_serialization=True)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        return
-    from safetensors.torch import save_model
+        files.append(bytes_file(ADAPTER_CONFIG, _adapter_config(model)))
+    if trainer.accelerator.scaler is not None:
+        files.append(json_file(SCALER_JSON, trainer.accelerator.scaler.state_dict()))
+    return files
 
-    save_model(model, str(folder / MODEL_TENSORS))  # stores tied weights once
+
+def snapshot_bytes(model: Any) -> int:
+    """What a snapshot takes at most before the optimizer has states: weights and two moments of the trained ones."""
+    return 3 * sum(int(parameter.numel() * parameter.element_size()) for _name, parameter in trainable(model))
+
+
+def bytes_file(name: str, data: bytes) -> NewFile:
+    """A small file whose bytes are there already."""
+    return NewFile(name, len(data), lambda: [data])
+
+
+def json_file(name: str, record: Any) -> NewFile:
+    """A small JSON file; `record` may change afterwards."""
+    return bytes_file(name, json.dumps(record).encode())
+
+
+def tensor_file(name: str, tensors: dict[str, torch.Tensor], *, copy: bool) -> NewFile:
+    """A safetensors file (see tensor_files.py for the format), tensor by tensor, never all of them in memory twice."""
+    held = {key: _on_host(tensor, copy) for key, tensor in tensors.items()}
+    head, size = header_of([(key, stored_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in held.items()])
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield head
+        for tensor in held.values():
+            yield tensor_bytes(tensor)
+
+    return NewFile(name, len(head) + size, parts)
+
+
+def _on_host(tensor: torch.Tensor, copy: bool) -> torch.Tensor:
+    host = tensor.detach().to("cpu", copy=copy)
+    return host.contiguous()
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """The live trained weights by their names in files: an adapter's in PEFT layout, or a model's, tied ones once."""
+    if is_peft(model):
+        from peft import get_peft_model_state_dict
+
+        named: dict[str, torch.Tensor] = _virtual_tokens(model) or get_peft_model_state_dict(model)
+        return named
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place not in seen:
+            seen.add(place)
+            own[name] = tensor
+    return own
+
+
+def _adapter_config(model: Any) -> bytes:
+    """adapter_config.json as PEFT writes it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.active_peft_config.save_pretrained(folder)
+        return Path(folder, ADAPTER_CONFIG).read_bytes()
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -43,17 +118,11 @@ def load_weights(model: Any, folder: Path) -> None:
     (PEFT's own loading upcasts bf16 adapters to fp32, after which the run would go on differently.)
     Raises RunDamaged when names or shapes do not match the model.
     """
-    from safetensors.torch import load_file, load_model
-
-    if not is_peft(model):
-        missing, unexpected = load_model(model, str(folder / MODEL_TENSORS), strict=False)
-        _require_same(missing, unexpected, folder)
-        return
     import torch
-    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    saved = load_file(str(folder / ADAPTER_TENSORS))
-    current = _virtual_tokens(model) or get_peft_model_state_dict(model)
+    saved = load_file(str(folder / (ADAPTER_TENSORS if is_peft(model) else MODEL_TENSORS)))
+    current = weights(model)
     _require_same(set(current) - set(saved), set(saved) - set(current), folder)
     with torch.no_grad():
         for name, tensor in current.items():
@@ -76,10 +145,9 @@ def is_peft(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_optimizer(optimizer: Any, model: torch.nn.Module, folder: Path) -> None:
+def _optimizer_files(optimizer: Any, model: torch.nn.Module, *, copy: bool) -> list[NewFile]:
     """Optimizer state as `parameter name|key` tensors, other values and the groups' settings as JSON."""
     import torch
-    from safetensors.torch import save_file
 
     state = optimizer.state_dict()["state"]
     names = _names_in_order(optimizer, model)
@@ -88,12 +156,14 @@ def save_optimizer(optimizer: Any, model: torch.nn.Module, folder: Path) -> None
     for index, entries in state.items():
         for key, value in _flat(entries):
             if isinstance(value, torch.Tensor):
-                tensors[f"{names[index]}|{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{names[index]}|{key}"] = value
             else:
                 values[f"{names[index]}|{key}"] = value
-    save_file(tensors, str(folder / OPTIMIZER_TENSORS))
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    _write_json(folder / OPTIMIZER_JSON, {"names": names, "values": values, "groups": groups})
+    return [
+        tensor_file(OPTIMIZER_TENSORS, tensors, copy=copy),
+        json_file(OPTIMIZER_JSON, {"names": names, "values": values, "groups": groups}),
+    ]
 
 
 def _flat(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -122,21 +192,14 @@ def load_optimizer(optimizer: Any, model: torch.nn.Module, folder: Path) -> None
     optimizer.load_state_dict({"state": state, "param_groups": _tuples_again(groups, blank)})
 
 
-def save_scheduler(scheduler: Any, folder: Path) -> None:
+def _plain_state(scheduler: Any) -> dict[str, Any]:
     """The scheduler's counters (its shape is made anew from the plan)."""
-    state = {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
-    _write_json(folder / SCHEDULER_JSON, state)
+    return {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
 
 
 def load_scheduler(scheduler: Any, folder: Path) -> None:
     """Puts the counters back."""
     scheduler.load_state_dict({**scheduler.state_dict(), **_read_json(folder / SCHEDULER_JSON)})
-
-
-def save_scaler(scaler: Any, folder: Path) -> None:
-    """The fp16 loss scale; nothing where there is no scaler."""
-    if scaler is not None:
-        _write_json(folder / SCALER_JSON, scaler.state_dict())
 
 
 def load_scaler(scaler: Any, folder: Path) -> None:
@@ -145,24 +208,22 @@ def load_scaler(scaler: Any, folder: Path) -> None:
         scaler.load_state_dict(_read_json(folder / SCALER_JSON))
 
 
-def save_rng(folder: Path) -> None:
+def _rng_files() -> list[NewFile]:
     """States of the Python, NumPy and torch random generators (CPU, and each CUDA device)."""
     import numpy as np
     import torch
-    from safetensors.torch import save_file
 
     tensors = {"torch_cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"torch_cuda_{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["numpy_keys"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    save_file(tensors, str(folder / RNG_TENSORS))
     version, numbers, gauss = random.getstate()
     record = {
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
     }
-    _write_json(folder / RNG_JSON, record)
+    return [tensor_file(RNG_TENSORS, tensors, copy=True), json_file(RNG_JSON, record)]
 
 
 def load_rng(folder: Path) -> None:
@@ -210,10 +271,6 @@ def _require_same(missing: Any, unexpected: Any, folder: Path) -> None:
             raise RunDamaged(
                 f"{len(names)} weights {what} the checkpoint (the first: {sorted(names)[0]})", where=str(folder)
             )
-
-
-def _write_json(path: Path, record: Any) -> None:
-    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:

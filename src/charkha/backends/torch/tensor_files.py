@@ -136,13 +136,22 @@ def read_bytes(tensor: StoredTensor, offset: int, count: int) -> bytes:
 
 def torch_dtype_of(name: str) -> torch.dtype:
     """`BF16` -> torch.bfloat16."""
+    return _torch_dtypes()[name]
+
+
+def stored_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> `BF16`."""
+    return next(name for name, known in _torch_dtypes().items() if known == dtype)
+
+
+def _torch_dtypes() -> dict[str, torch.dtype]:
     import torch
 
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    }[name]  # fmt: skip
+    }  # fmt: skip
 
 
 def output_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -150,23 +159,35 @@ def output_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return BYTES_OF[dtype] * math.prod(shape)
 
 
+def header_of(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """The beginning of a file of these tensors (name, dtype, shape), and how many bytes of theirs follow it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = output_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the reference writer aligns the bytes to 8
+    return struct.pack("<Q", len(text)) + text, offset
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, not copied."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
 class TensorFileWriter:
     """Writes one safetensors file whose names, dtypes and shapes are known, the bytes in the same order as declared."""
 
     def __init__(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
         self._path = path
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, dtype, shape in tensors:
-            size = output_bytes(dtype, shape)
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the reference writer aligns the bytes to 8
-        self._expected = offset
+        head, self._expected = header_of(tensors)
         self._written = 0
         self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(head)
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes."""
@@ -175,10 +196,7 @@ class TensorFileWriter:
 
     def write_tensor(self, tensor: torch.Tensor) -> None:
         """Appends a tensor's bytes (row-major)."""
-        import torch
-
-        flat = tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-        self.write(memoryview(flat.numpy().reshape(-1)))
+        self.write(tensor_bytes(tensor.contiguous()))
 
     def __enter__(self) -> TensorFileWriter:
         return self

@@ -34,6 +34,7 @@ from charkha.backends.torch.memory import device_memory_bytes, peak_device_memor
 from charkha.backends.torch.model import load_base, quantized_modules
 from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
+from charkha.backends.torch.saving import Saver
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
 from charkha.errors import DoesNotFit, TrainingFailed
@@ -85,7 +86,7 @@ def train(
     if base.device == "cpu":
         trainer.add_callback(window)
     trainer.add_callback(keeper)
-    with _full_disk_is_told(store.folder), closing(window):
+    with _full_disk_is_told(store.folder), closing(window), closing(keeper):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
         done = trainer.state.global_step >= plan.total_steps
         if done:
@@ -211,23 +212,19 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         self._lengths = train_shard.lengths
         self._eval_shard = eval_shard
         self._pad_id = pad_id
-        self._store = store
         self._stop_wanted = stop_wanted
         self._record = record
         self._learning_rate = plan.learning_rate
-        self._saved_at = time.monotonic()
         self._step_began = time.monotonic()
-        # Weights and Adam's two moments, until the first checkpoint tells its size.
-        self._checkpoint_bytes = 3 * sum(
-            parameter.numel() * parameter.element_size() for _name, parameter in saved_state.trainable(trainer.model)
-        )
+        self._saver = Saver(trainer, plan, store, record, stop_wanted)
         self.tokens = 0
         self.step_seconds_total = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self._evaluate(0)
-        self._saved_at = self._step_began = time.monotonic()
+        self._saver.begin()
+        self._step_began = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._learning_rate = float(self._trainer.optimizer.param_groups[0]["lr"])
@@ -235,12 +232,14 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         self._record_step(step)
+        self._saver.collect()
         last = step >= self._plan.total_steps
+        evaluated = None
         if last or (self._plan.eval_steps is not None and step % self._plan.eval_steps == 0):
-            self._evaluate(step)
+            evaluated = self._evaluate(step)
         stopping = self._stop_wanted()
-        if last or stopping or self._checkpoint_due(step):
-            self._save(step)
+        if last or stopping or self._saver.due(step):
+            self._saver.save(step, eval_loss=evaluated.loss if evaluated else None, wait=last or stopping)
         if stopping:
             control.should_training_stop = True
         self._step_began = time.monotonic()
@@ -279,33 +278,9 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         )
         return result
 
-    def _checkpoint_due(self, step: int) -> bool:
-        if self._plan.checkpoint_steps is not None:
-            return step % self._plan.checkpoint_steps == 0
-        return time.monotonic() - self._saved_at >= (self._plan.checkpoint_seconds or math.inf)
-
-    def _save(self, step: int) -> None:
-        began = time.monotonic()
-        # Twice the last one: a checkpoint must also fit when the file system is slow to give back the pruned one.
-        staged = self._store.stage(expected_bytes=2 * self._checkpoint_bytes)
-        trainer = self._trainer
-        saved_state.save_weights(trainer.model, staged)
-        saved_state.save_optimizer(trainer.optimizer, trainer.model, staged)
-        saved_state.save_scheduler(trainer.lr_scheduler, staged)
-        saved_state.save_scaler(trainer.accelerator.scaler, staged)
-        saved_state.save_rng(staged)
-        trainer.state.save_to_json(str(staged / "trainer_state.json"))
-        checkpoint = self._store.commit(staged, step)
-        self._checkpoint_bytes = checkpoint.total_bytes
-        self._store.prune(self._plan.checkpoints_kept, checkpoint)
-        self._record(
-            "checkpoint",
-            step=step,
-            path=str(checkpoint.path),
-            bytes=checkpoint.total_bytes,
-            seconds=round(time.monotonic() - began, 3),
-        )
-        self._saved_at = time.monotonic()
+    def close(self) -> None:
+        """Finishes a checkpoint that is being written."""
+        self._saver.close()
 
 
 def _training_precision(base: BaseModelSpec, adapter: AdapterSpec) -> BaseModelSpec:
@@ -337,7 +312,8 @@ def _save_final(model: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if saved_state.is_peft(model):
-        saved_state.save_weights(model, folder)
+        model.save_pretrained(str(folder), safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         model.config.use_cache = (
             True  # was off for training only; written into config.json it would slow its users down
