@@ -5,7 +5,7 @@
     eval        step, eval_loss, eval_tokens, seconds
     checkpoint  step, path, bytes, seconds (until it was on the disk), blocked_seconds (in which training stood still)
     resume      from_step, path, skipped      readers pass over step and eval events beyond from_step that stand earlier
-    status      status: running, waiting, paused, done, failed; reason
+    status      status: running, waiting, restarting, paused, done, failed; reason; kind (of a failure)
     note        text                          a choice or a fact the user should see
 
 Units are in the names. Keys may be added, never renamed.

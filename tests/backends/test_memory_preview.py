@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan  # noqa: E402
+from charkha.backends.base import AdapterSpec, BaseModelSpec, Order, StepPlan  # noqa: E402
 from charkha.backends.torch import trainer  # noqa: E402
 from charkha.data.shards import Shard  # noqa: E402
 from charkha.plan.architecture import read_architecture  # noqa: E402
@@ -55,6 +55,16 @@ class Case:
             device=device,
             **self.settings,
         )
+
+
+class NoOrders:
+    """A run that is left alone."""
+
+    def order(self, step_seconds: float) -> Order:
+        return Order()
+
+    def beat(self) -> None:
+        return
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +123,7 @@ def train_two_steps(case: Case, base: Path, work: Path, device: str = "cpu") -> 
         pad_id=0,
         store=CheckpointStore(work),
         resume_from=None,
-        stop_wanted=lambda: False,
+        steering=NoOrders(),
         record=lambda name, **fields: losses.append(fields["loss"]) if name == "step" else None,
         final_folder=work / "final",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from charkha.cli.app import COMMANDS
+from charkha.cli.app import COMMANDS, app_of
 from charkha.config_file import ALIASES, known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +76,7 @@ def commands_of(app: object, name: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example_that_names_it(name: str) -> None:
-    module = importlib.import_module(f"charkha.cli.{COMMANDS[name][0]}")
-    for called, text in commands_of(module.app, name):
+    for called, text in commands_of(app_of(name), name):
         assert re.search(rf"Example: charkha {called}\b", text), called
         assert len(COMMANDS[name][1]) < 90
 
@@ -87,8 +85,7 @@ def test_every_command_has_help_with_an_example_that_names_it(name: str) -> None
 def test_every_command_takes_json(name: str) -> None:
     if name in ("schema", "chat", "watch"):
         pytest.skip("prints JSON always, or talks")
-    module = importlib.import_module(f"charkha.cli.{COMMANDS[name][0]}")
-    command = typer.main.get_command(module.app)
+    command = typer.main.get_command(app_of(name))
     for found in getattr(command, "commands", {name: command}).values():
         assert any("--json" in parameter.opts for parameter in found.params), found.name
 

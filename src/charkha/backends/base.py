@@ -6,7 +6,6 @@ Nothing here imports a framework.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -108,7 +107,23 @@ class Recorder(Protocol):
 
 
 @dataclass(frozen=True)
-class StopRequest:
-    """Asked at every step boundary. Signal handlers and control files set what it reads."""
+class Order:
+    """What the training loop does at a step boundary, beside going on. `reason` is for people."""
 
-    wanted: Callable[[], bool]
+    save: bool = False
+    pause: bool = False  # save, then stand still until an order without it
+    stop: bool = False  # save, then leave
+    idle_seconds: float = 0.0  # stand still before the next step
+    reason: str | None = None
+
+
+class Steering(Protocol):
+    """Where a run's orders come from: signals, the run folder's control file, the guard."""
+
+    def order(self, step_seconds: float) -> Order:
+        """The order of now, asked at every step boundary; `step_seconds` is what the last step took."""
+        ...
+
+    def beat(self) -> None:
+        """Told that the run gets on: every micro batch, evaluation batch and try at a save."""
+        ...

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-# command -> (module under charkha.cli, one-line help); the module holds `app`, a Typer with that command or group.
+# command -> (module under charkha.cli, one-line help); the module holds `app`, or what stands behind the colon: a
+# Typer with that command or group.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "The whole road on the built-in model and data, offline, in about two minutes."),
     "init": ("init", "Writes a commented charkha.yaml for a model and data."),
@@ -21,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Trains; run it again to go on after any stop."),
     "runs": ("runs", "Lists runs and where each stands."),
     "watch": ("watch", "Shows a run as it goes: step, loss, tokens/s, memory, time left."),
+    "pause": ("steer:pause_app", "Saves a run at its next step boundary and lets it wait there."),
+    "resume": ("steer:resume_app", "Lets a paused run go on."),
+    "stop": ("steer:stop_app", "Saves a run at its next step boundary and ends it."),
     "eval": ("evaluate", "Held-out loss, perplexity and exact match of a run."),
     "compare": ("compare", "Base and tuned model side by side on your prompts."),
     "chat": ("chat", "Talks to a run's tuned model."),
@@ -38,8 +42,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"charkha.cli.{COMMANDS[cmd_name][0]}")
-        command = typer.main.get_command(module.app)
+        command = typer.main.get_command(app_of(cmd_name))
         command.name = cmd_name
         return command
 
@@ -47,6 +50,13 @@ class LazyGroup(TyperGroup):
         """The list of commands from the table above; the inherited one would import every module for its help."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_module, help_line) in COMMANDS.items()])
+
+
+def app_of(name: str) -> typer.Typer:
+    """The typer app of a command, its module imported now."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found: typer.Typer = getattr(importlib.import_module(f"charkha.cli.{module}"), attribute or "app")
+    return found
 
 
 app = typer.Typer(

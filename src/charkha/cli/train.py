@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,16 +24,46 @@ def train(
     map_: Annotated[
         str | None, typer.Option("--map", help="Columns by name: prompt=question,completion=answer.")
     ] = None,
+    foreground: Annotated[
+        bool,
+        typer.Option("--foreground", envvar="CHARKHA_FOREGROUND", help="Train in this very process, not restarted."),
+    ] = False,
+    follow_parent: Annotated[bool, typer.Option("--follow-parent", hidden=True)] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Trains the model that the config describes. Run it again to go on after any stop.
 
-    Ctrl-C finishes the step, saves and leaves with exit code 75; a second Ctrl-C leaves at once with the last saved
-    step.
+    The training itself is a child process: after a crash, a kill or too little GPU memory it is started again and goes
+    on from the last checkpoint. Ctrl-C finishes the step, saves and leaves with exit code 75; a second Ctrl-C leaves
+    at once with the last saved step.
 
     Example: charkha train charkha.yaml --set training.learning_rate=1e-4
     """
-    run_command(lambda: _train(config, [*(set_ or []), *_map_override(map_)]), _show, as_json)
+    overrides = [*(set_ or []), *_map_override(map_)]
+    if not foreground:
+        _supervise(config, overrides, as_json)
+    if follow_parent:
+        from charkha.training.signals import end_with_parent
+
+        end_with_parent()
+    run_command(lambda: _train(config, overrides), _show, as_json)
+
+
+def _supervise(config: Path, overrides: list[str], as_json: bool) -> NoReturn:
+    """Leaves with the worker's exit code; what the worker prints is the answer."""
+
+    def work() -> dict[str, Any]:
+        from charkha.config_file import load_config
+        from charkha.store.runs import RunFolder
+        from charkha.training.supervisor import supervise, worker_command
+
+        loaded = load_config(config, overrides)  # a broken config is answered here
+        run = RunFolder((loaded.folder / loaded.config.output).resolve())
+        arguments = [part for override in overrides for part in ("--set", override)]
+        raise typer.Exit(supervise(worker_command(config, [*arguments, *(["--json"] if as_json else [])]), run, note))
+
+    run_command(work, _show, as_json)
+    raise AssertionError("a supervised run always leaves by its exit code")
 
 
 def _map_override(text: str | None) -> list[str]:

@@ -18,6 +18,7 @@ from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import Choice, Chooser, DeviceFacts, adapter_spec, step_plan, unused_adapter_keys
 from charkha.training.dataset import PreparedData, open_prepared, prepare_data
+from charkha.training.fallback import apply_limit
 from charkha.training.packing_choice import choose_packing, packing_note
 from charkha.training.preview import Preview, preview
 from charkha.training.provenance import base_facts
@@ -85,6 +86,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         has_eval=data.eval is not None,
         packing=packing,
     )
+    plan = apply_limit(plan, run) if run.exists else plan
     for text in (
         *unused_adapter_keys(config, loaded.keys_set),
         *data.notes,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,20 @@ from typing import Any
 from charkha.backends.base import TrainOutcome
 from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
-from charkha.errors import DoesNotFit, TrainingFailed
+from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
 from charkha.hardware.probe import peak_rss_bytes, probe_host
 from charkha.hardware.sensors import DeviceSensors
 from charkha.plan.packing_support import PackingLeaks
 from charkha.store import durable
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
+from charkha.store.control import Control
 from charkha.store.runs import RunFolder
 from charkha.training.continuing import base_fingerprint_of, newest_checkpoint, require_same_run
 from charkha.training.opening import Observer, Session, open_session
 from charkha.training.provenance import package_versions
 from charkha.training.results import TrainResult, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
+from charkha.training.steering import RunSteering
 
 FINAL = "final"  # under staging/
 
@@ -112,7 +113,8 @@ def _run_backend(
     quiet_libraries()  # before the libraries are imported: some of them speak while they load
     from charkha.backends.torch.trainer import train as train_with_torch
 
-    flag = StopFlag()
+    flag, control = StopFlag(), Control(session.run.path)
+    control.set_wish("run")  # whoever starts the run wants it to go on
     try:
         with stop_on_signals(flag):
             return train_with_torch(
@@ -125,7 +127,7 @@ def _run_backend(
                 pad_id=session.data.pad_id,
                 store=store,
                 resume_from=checkpoint,
-                stop_wanted=flag.is_set,
+                steering=RunSteering(flag, control),
                 record=record,
                 final_folder=store.staging / FINAL,
             )
@@ -134,9 +136,8 @@ def _run_backend(
         step = newest.step if newest else 0
         record("note", text=f"stopped at once; the run goes on from step {step}")
         return TrainOutcome("paused", step, 0, 0.0, None, 0, 0, ())
-    except (TrainingFailed, DoesNotFit) as failure:
-        with suppress(OSError):  # a full disk may not take this line either
-            record("status", status="failed", reason=failure.message)
+    except (TrainingFailed, DoesNotFit, EnvironmentProblem) as failure:
+        record("status", status="failed", reason=failure.message, kind=failure.kind)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from charkha.data.shards import Shard
 _TOKENS_PER_BATCH = 4096  # rows x longest row; bounds activations and logits
 
 
-def held_out_loss(model: Any, shard: Shard, pad_id: int) -> HeldOutLoss:
+def held_out_loss(model: Any, shard: Shard, pad_id: int, on_batch: Callable[[], None] = lambda: None) -> HeldOutLoss:
     """Mean negative log-likelihood per trained token, and per row.
 
-    The model's mode and the random numbers are as before afterwards; nothing is sampled.
+    The model's mode and the random numbers are as before afterwards; nothing is sampled. `on_batch` is called after
+    each batch.
     """
     began = time.monotonic()
     was_training = model.training
@@ -29,6 +31,7 @@ def held_out_loss(model: Any, shard: Shard, pad_id: int) -> HeldOutLoss:
         with torch.no_grad():
             for rows in batches_by_length(shard.lengths, _TOKENS_PER_BATCH):
                 sums[rows], counts[rows] = _row_sums(model, collate(shard, rows, pad_id))
+                on_batch()
     finally:
         model.train(was_training)
     tokens = int(counts.sum())

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from charkha.backends.base import Recorder, StepPlan
+from charkha.backends.base import Recorder, Steering, StepPlan
 from charkha.backends.torch.state import snapshot, snapshot_bytes
 from charkha.errors import DoesNotFit
 from charkha.store.checkpoints import Checkpoint, CheckpointStore, NewFile
@@ -51,13 +50,13 @@ class Saver:
         plan: StepPlan,
         store: CheckpointStore,
         record: Recorder,
-        stop_wanted: Callable[[], bool],
+        steering: Steering,
     ) -> None:
         self._trainer = trainer
         self._plan = plan
         self._store = store
         self._record = record
-        self._stop_wanted = stop_wanted
+        self._steering = steering
         self._bytes = snapshot_bytes(trainer.model)  # until the first checkpoint tells
         self._blocked_s = 0.0  # of the last save: how long training stood still for it
         self._saved_at = time.monotonic()
@@ -186,7 +185,8 @@ class Saver:
         self._record("note", text=text)
         until = time.monotonic() + _RETRY_S
         while (left := until - time.monotonic()) > 0:
-            if self._stop_wanted():
+            self._steering.beat()
+            if self._steering.order(0.0).stop:
                 raise DoesNotFit(
                     f"stopped while the disk did not take a checkpoint: {reason}",
                     where=str(self._store.folder),

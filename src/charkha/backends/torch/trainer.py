@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,20 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, HeldOutLoss, Recorder, StepPlan, TrainOutcome
+from charkha.backends.base import (
+    AdapterSpec,
+    BaseModelSpec,
+    HeldOutLoss,
+    Order,
+    Recorder,
+    Steering,
+    StepPlan,
+    TrainOutcome,
+)
 from charkha.backends.torch import state as saved_state
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
+from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.held_out import held_out_loss
 from charkha.backends.torch.loss import choose_loss, training_loss
 from charkha.backends.torch.memory import device_memory_bytes, peak_device_memory_bytes
@@ -41,6 +51,7 @@ from charkha.errors import DoesNotFit, TrainingFailed
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
 
 logger = logging.getLogger(__name__)
+_PAUSE_LOOK_S = 0.2  # between looks at the orders while the run stands still
 
 
 def train(
@@ -54,11 +65,11 @@ def train(
     pad_id: int,
     store: CheckpointStore,
     resume_from: Checkpoint | None,
-    stop_wanted: Callable[[], bool],
+    steering: Steering,
     record: Recorder,
     final_folder: Path,
 ) -> TrainOutcome:
-    """Trains to the end of `plan`, or to the next step boundary after `stop_wanted` says so, and saves.
+    """Trains to the end of `plan`, or to the step boundary at which `steering` orders a stop, and saves.
 
     `fingerprint` identifies the training data; with plan.seed it decides the order of rows. When the plan is done, the
     trained weights are in `final_folder` (adapter in PEFT layout; for `full` a whole model in Hugging Face layout).
@@ -66,7 +77,8 @@ def train(
     PackingLeaks before the first step when the plan packs rows and this model would not keep their documents apart.
     """
     set_seed(plan.seed)  # before the adapter draws its first numbers
-    model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+    with device_errors_told(loading=True):
+        model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
     one_row = False if plan.packing is None else _lay_out_packed_rows(model, base, train_shard, pad_id, record)
     micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row)
     elements = plan.total_steps * micro_batches.micro_batches_per_step
@@ -78,7 +90,7 @@ def train(
         processing_class=placeholder_tokenizer(),
     )
     _adapters_in_fp32(model, adapter)
-    keeper = _Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, stop_wanted, record)
+    keeper = _Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, steering, record)
     trainer.loss_way = choose_loss(model, plan.loss_head)
     trainer.loraplus_ratio = adapter.loraplus_ratio
     trainer.remove_callback(PrinterCallback)  # it prints a dict at the end
@@ -86,7 +98,7 @@ def train(
     if base.device == "cpu":
         trainer.add_callback(window)
     trainer.add_callback(keeper)
-    with _full_disk_is_told(store.folder), closing(window), closing(keeper):
+    with device_errors_told(), _full_disk_is_told(store.folder), closing(window), closing(keeper):
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
         done = trainer.state.global_step >= plan.total_steps
         if done:
@@ -203,7 +215,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         eval_shard: Shard | None,
         pad_id: int,
         store: CheckpointStore,
-        stop_wanted: Callable[[], bool],
+        steering: Steering,
         record: Recorder,
     ) -> None:
         self._trainer = trainer
@@ -212,11 +224,12 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         self._lengths = train_shard.lengths
         self._eval_shard = eval_shard
         self._pad_id = pad_id
-        self._stop_wanted = stop_wanted
+        self._steering = steering
         self._record = record
         self._learning_rate = plan.learning_rate
         self._step_began = time.monotonic()
-        self._saver = Saver(trainer, plan, store, record, stop_wanted)
+        self._saver = Saver(trainer, plan, store, record, steering)
+        self._step_seconds = 0.0
         self.tokens = 0
         self.step_seconds_total = 0.0
 
@@ -237,15 +250,39 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
         evaluated = None
         if last or (self._plan.eval_steps is not None and step % self._plan.eval_steps == 0):
             evaluated = self._evaluate(step)
-        stopping = self._stop_wanted()
-        if last or stopping or self._saver.due(step):
-            self._saver.save(step, eval_loss=evaluated.loss if evaluated else None, wait=last or stopping)
-        if stopping:
+        order = self._steering.order(self._step_seconds)
+        wait = last or order.stop or order.pause
+        if wait or order.save or self._saver.due(step):
+            self._saver.save(step, eval_loss=evaluated.loss if evaluated else None, wait=wait)
+        if not last:
+            order = self._stand_still(order)
+        if order.stop:
             control.should_training_stop = True
         self._step_began = time.monotonic()
 
+    def _stand_still(self, order: Order) -> Order:
+        """Waits as long as the order says so; returns the one to go on with. All that is worth saving is saved."""
+        step, paused = self._trainer.state.global_step, order.pause and not order.stop
+        if paused:
+            self._record("status", status="waiting", reason=order.reason, step=step)
+        while order.pause and not order.stop:
+            time.sleep(_PAUSE_LOOK_S)
+            self._steering.beat()
+            order = self._steering.order(0.0)
+        if paused and not order.stop:
+            self._record("status", status="running", step=step)
+        if order.idle_seconds > 0 and not order.stop:
+            time.sleep(order.idle_seconds)
+        return order
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steering.beat()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steering.beat()
+
     def _record_step(self, step: int) -> None:
-        seconds = time.monotonic() - self._step_began
+        seconds = self._step_seconds = time.monotonic() - self._step_began
         tokens = self._tokens_of(step - 1)
         self.tokens += tokens
         self.step_seconds_total += seconds
@@ -272,7 +309,7 @@ class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no t
     def _evaluate(self, step: int) -> HeldOutLoss | None:
         if self._eval_shard is None:
             return None
-        result = held_out_loss(self._trainer.model, self._eval_shard, self._pad_id)
+        result = held_out_loss(self._trainer.model, self._eval_shard, self._pad_id, self._steering.beat)
         self._record(
             "eval", step=step, eval_loss=result.loss, eval_tokens=result.tokens, seconds=round(result.seconds, 3)
         )

@@ -1,0 +1,175 @@
+"""The parent of a run: starts the worker, and starts it again after a crash, a kill, a hang or too little GPU memory.
+
+It imports no backend, so a dead CUDA cannot take it along. The worker runs in a session of its own: a terminal's Ctrl-C
+reaches this process alone and is handed on once. All it knows of the worker is the exit code, the last events, and a
+heartbeat file; the run itself goes on from its newest verified checkpoint, as after any other stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from charkha.errors import EnvironmentProblem, TrainingFailed
+from charkha.store.control import Control
+from charkha.store.runs import RunFolder
+from charkha.training.fallback import halve_micro_batch
+from charkha.units import format_seconds
+
+CRASHED = 1  # an exit code that is our bug, or the library's
+# What the worker's last `status` event may say of a failure; see session.py.
+OUT_OF_MEMORY, GPU_LOST = "out_of_memory", "gpu_lost"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often and how soon a worker is started again, in seconds where it is a time."""
+
+    fruitless_restarts: int = 4  # in a row, none of which got a step further
+    first_pause_s: float = 1.0
+    longest_pause_s: float = 60.0
+    first_sign_s: float = 3600.0  # loading a large model from a slow disk gives no sign
+    silence_s: float = 1800.0  # the longest micro batch, evaluation batch or save
+    look_s: float = 0.2
+
+
+@dataclass
+class _Past:
+    """What happened so far."""
+
+    restarts: int = 0
+    fruitless: int = 0
+    step: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+def supervise(command: Sequence[str], run: RunFolder, say: Say, patience: Patience | None = None) -> int:
+    """Runs `command` (a worker of the run) until it ends for good; its exit code.
+
+    Raises TrainingFailed for a worker that keeps dying without getting on, EnvironmentProblem for a GPU that only a
+    restart of the machine brings back.
+    """
+    patience = patience or Patience()
+    past = _Past(step=_last_step(run))
+    while True:
+        code, cause = _run_once(command, run, patience)
+        if cause is None:
+            return code
+        _decide_restart(run, cause, past, patience)
+        pause = min(patience.longest_pause_s, patience.first_pause_s * 2 ** max(past.fruitless - 1, 0))
+        text = f"the worker {cause}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
+        run.append("status", status="restarting", reason=text)
+        say(text)
+        time.sleep(pause)
+
+
+def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tuple[int, str | None]:
+    """(exit code, why it is worth another try); the latter None when that is the end of it."""
+    began = time.time()
+    with subprocess.Popen(list(command), start_new_session=True) as worker, _hand_on_signals(worker) as asked:
+        hung = _wait(worker, Control(run.path), patience)
+    code = worker.returncode
+    if hung is not None:
+        return code, None if asked else f"gave no sign for {format_seconds(hung)} and was killed"
+    if code < 0 and not asked:
+        return code, f"was killed by {_signal_name(-code)}"
+    told = _failure(run, began)
+    if told in (OUT_OF_MEMORY, GPU_LOST):
+        return code, told
+    if code == CRASHED and not asked:
+        return code, "crashed"
+    return code, None
+
+
+def _wait(worker: subprocess.Popen[Any], control: Control, patience: Patience) -> float | None:
+    """Returns when the worker has ended: None, or the seconds of silence after which it was killed."""
+    beat, since, limit = control.last_beat(), time.monotonic(), patience.first_sign_s
+    while True:
+        try:
+            worker.wait(timeout=patience.look_s)
+            return None
+        except subprocess.TimeoutExpired:
+            pass
+        now = control.last_beat()
+        if now != beat:
+            beat, since, limit = now, time.monotonic(), patience.silence_s
+        silent = time.monotonic() - since
+        if silent > limit:
+            worker.kill()
+            worker.wait()
+            return silent
+
+
+def _decide_restart(run: RunFolder, cause: str, past: _Past, patience: Patience) -> None:
+    """Notes the restart in `past`. Raises when another try would be of no use."""
+    if cause == GPU_LOST:
+        raise EnvironmentProblem(
+            "the GPU has fallen off the bus; every checkpoint so far is safe",
+            where=str(run.path),
+            remedy="shut the machine down, wait, start it (a reset is not enough), and run the same command again",
+        )
+    if cause == OUT_OF_MEMORY:
+        halve_micro_batch(run)  # raises TrainingFailed at one row
+    step = _last_step(run)
+    past.fruitless = 0 if step > past.step or cause == OUT_OF_MEMORY else past.fruitless + 1
+    past.step = max(past.step, step)
+    past.restarts += 1
+    past.reasons.append(cause)
+    if past.fruitless > patience.fruitless_restarts:
+        raise TrainingFailed(
+            f"the worker ended {past.fruitless} times in a row without getting past step {past.step}: "
+            + "; ".join(past.reasons[-past.fruitless :]),
+            where=str(run.path),
+            remedy="look at the messages above; `charkha train CONFIG --foreground --debug` shows the whole error",
+        )
+
+
+@contextmanager
+def _hand_on_signals(worker: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Each SIGINT, SIGTERM and SIGHUP of ours goes on to the worker; yields those that did."""
+    asked: list[int] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_step(run: RunFolder) -> int:
+    """The last step of the run, whether or not it is in a checkpoint; 0 before the first."""
+    return max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
+
+
+def _failure(run: RunFolder, began_unix_s: float) -> str | None:
+    """The kind of failure that the worker wrote down before it ended."""
+    said = [event for event in run.events() if event["event"] == "status"]
+    last = said[-1] if said else {}
+    return last.get("kind") if last.get("status") == "failed" and last["time_unix_s"] >= began_unix_s - 1 else None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def worker_command(config: Path, arguments: Sequence[str]) -> list[str]:
+    """The command line of a worker: this very program, in the foreground."""
+    return [sys.executable, "-m", "charkha", "train", str(config), *arguments, "--foreground", "--follow-parent"]
