@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from charkha.errors import UsageError
+from charkha.guard_limits import parse_budget, parse_windows
+from charkha.hardware.ups import open_ups
 from charkha.optimizers import require_optimizer
 from charkha.units import parse_seconds
 
@@ -236,11 +239,51 @@ def interval_of(text: str) -> CheckpointInterval:
 class GuardSection(Section):
     """Limits at which the run waits or stops."""
 
-    ups: str = Field("auto", description="Where the UPS is asked.")
-    max_gpu_temperature_c: float = Field(83, description="GPU temperature in degrees Celsius.")
-    max_power_w: float | None = Field(None, description="GPU power limit in watts.")
-    budget: float | None = Field(None, description="Money in cost.currency after which the run stops.")
-    windows: list[str] = Field(default_factory=list, description="Hours of the day in which the run may work.")
+    ups: Name = Field(
+        "auto",
+        description="Where the UPS is asked: `nut:NAME@HOST:PORT`, `apcupsd:HOST:PORT`, `battery`, `command:...` (exit "
+        "0 mains, 1 battery, 2 low), none; auto asks NUT and apcupsd on this machine, then a laptop battery.",
+    )
+    max_gpu_temperature_c: float = Field(
+        83, ge=40, le=110, description="GPU temperature in degrees Celsius that is held, by power limit or pacing."
+    )
+    max_power_w: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Watts that the GPUs may draw together, such as those of the inverter."
+    )
+    budget: float | str | None = Field(
+        None, description="What the run may cost: money in cost.currency (500) or energy (`12 kWh`); then it stops."
+    )
+    windows: list[str] = Field(
+        default_factory=list,
+        description="Hours in which the run may work, such as [`22:00-06:00`, `Sat,Sun`]; outside it waits.",
+    )
+
+    @field_validator("ups")
+    @classmethod
+    def _ups_is_of_a_known_form(cls, ups: str) -> str:
+        if ups != "auto":
+            try:
+                open_ups(ups)
+            except UsageError as error:
+                raise ValueError(f"{error.message}; {error.remedy}") from None
+        return ups
+
+    @field_validator("windows")
+    @classmethod
+    def _windows_can_be_read(cls, windows: list[str]) -> list[str]:
+        parse_windows(windows)
+        return windows
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_can_be_read(cls, budget: float | str | None) -> float | str | None:
+        parse_budget(budget, _currency_named_in(str(budget)))
+        return budget
+
+
+def _currency_named_in(budget: str) -> str:
+    """The letters of a budget, taken for its currency; whether that is cost.currency is asked with the whole config."""
+    return "".join(letter for letter in budget if letter.isalpha()) or "INR"
 
 
 class CostSection(Section):
@@ -302,11 +345,6 @@ CARRIED_OUT: dict[str, tuple[object, ...]] = {
     "devices.shard_dtype": ("auto",),
     "devices.offload": ("none",),
     "devices.offload_to": ("cpu",),
-    "guard.ups": ("auto",),
-    "guard.max_gpu_temperature_c": (83,),
-    "guard.max_power_w": (None,),
-    "guard.budget": (None,),
-    "guard.windows": ([],),
 }
 
 

@@ -6,6 +6,8 @@
     checkpoint  step, path, bytes, seconds (until it was on the disk), blocked_seconds (in which training stood still)
     resume      from_step, path, skipped      readers pass over step and eval events beyond from_step that stand earlier
     status      status: running, waiting, restarting, paused, done, failed; reason; kind (of a failure)
+    guard       action: run, pause, stop; save, pace (share of the time to idle), power_limit_w, temperature_c, power_w,
+                reasons
     note        text                          a choice or a fact the user should see
 
 Units are in the names. Keys may be added, never renamed.
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 VERSION = 1
-NAMES = frozenset({"step", "eval", "checkpoint", "resume", "status", "note"})
+NAMES = frozenset({"step", "eval", "checkpoint", "resume", "status", "guard", "note"})
 
 
 def make_event(name: str, **fields: Any) -> dict[str, Any]:

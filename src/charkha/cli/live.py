@@ -57,6 +57,13 @@ class LiveLine:
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self._line(f"saved step {event['step']} ({format_bytes(event['bytes'])}, {format_seconds(event['seconds'])})")
 
+    def _on_guard(self, event: dict[str, Any]) -> None:
+        self._line(f"guard: {event['action']}" + (f" ({'; '.join(event['reasons'])})" if event["reasons"] else ""))
+
+    def _on_status(self, event: dict[str, Any]) -> None:
+        if event["status"] == "waiting":
+            self._line(f"waiting at step {event['step']}: {event['reason']}")
+
     def _on_note(self, event: dict[str, Any]) -> None:
         self._line(event["text"])
 

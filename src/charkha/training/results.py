@@ -56,7 +56,7 @@ def result_of(
         tokens=tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else None,
         seconds=round(seconds, 2),
-        energy_kwh=_energy_kwh(steps),
+        energy_kwh=energy_kwh_of(events),
         loss_first=_loss(steps, 0),
         loss_last=_loss(steps, -1),
         eval_loss_before=evals.get(0),
@@ -69,8 +69,9 @@ def result_of(
     )
 
 
-def _energy_kwh(steps: list[dict[str, Any]]) -> float | None:
+def energy_kwh_of(events: list[dict[str, Any]]) -> float | None:
     """Power of the device that trains, as read at each step, over the steps' seconds; None where a step has none."""
+    steps = [event for event in events if event["event"] == "step"]
     if not steps or any(event.get("power_w") is None for event in steps):
         return None
     return float(round(sum(event["power_w"] * event["seconds"] for event in steps) / 3.6e6, 6))

@@ -7,6 +7,7 @@ model is loaded.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,16 +19,17 @@ from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
 from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
 from charkha.hardware.probe import peak_rss_bytes, probe_host
-from charkha.hardware.sensors import DeviceSensors
+from charkha.hardware.sensors import DeviceSensors, Nvml
 from charkha.plan.packing_support import PackingLeaks
 from charkha.store import durable
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
 from charkha.training.continuing import base_fingerprint_of, newest_checkpoint, require_same_run
+from charkha.training.guarding import RunGuard
 from charkha.training.opening import Observer, Session, open_session
 from charkha.training.provenance import package_versions
-from charkha.training.results import TrainResult, result_of
+from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
 
@@ -74,28 +76,39 @@ def _train_locked(session: Session, observe: Observer) -> TrainResult:
     trackers = open_trackers(require_trackers(session.resolved.report_to), run.path, session.resolved)
 
     sensors = _sensors(session.base.device)
+    one_at_a_time = threading.Lock()  # the guard records from a thread of its own
 
     def record(name: str, **fields: Any) -> None:
         if name == "step":
             fields |= asdict(sensors.feel())
-        event = run.append(name, **fields)
-        if name in ("checkpoint", "status", "resume"):
-            run.sync_events()
-        trackers(event)
-        observe(event)
+            guard.saw_step(fields["tokens_per_second"])
+        if name == "checkpoint":
+            guard.saw_save(fields["seconds"])
+        with one_at_a_time:
+            event = run.append(name, **fields)
+            if name in ("checkpoint", "status", "resume", "guard"):
+                run.sync_events()
+            trackers(event)
+            observe(event)
+
+    guard = RunGuard(session.resolved, record, gpu_index=_gpu_index, energy_kwh_before=energy_kwh_of(run.events()) or 0)
 
     if started_before:
         record(
             "resume", from_step=checkpoint.step if checkpoint else 0, path=str(checkpoint.path) if checkpoint else None
         )
     record("status", status="running")
+    steering = RunSteering(StopFlag(), Control(run.path), guard.order)
     try:
-        outcome = _run_backend(session, store, checkpoint, record)
+        guard.start()
+        outcome = _run_backend(session, store, checkpoint, steering, record)
     finally:
+        guard.close()
         trackers.close()
     if outcome.status == "done":
         _finish(session, store.staging / FINAL, outcome)
-    record("status", status=outcome.status, step=outcome.step)
+    reason = {"reason": steering.stop_reason} if outcome.status == "paused" and steering.stop_reason else {}
+    record("status", status=outcome.status, step=outcome.step, **reason)
     return result_of(
         run,
         session.plan,
@@ -106,17 +119,20 @@ def _train_locked(session: Session, observe: Observer) -> TrainResult:
 
 
 def _run_backend(
-    session: Session, store: CheckpointStore, checkpoint: Checkpoint | None, record: Callable[..., None]
+    session: Session,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    steering: RunSteering,
+    record: Callable[..., None],
 ) -> TrainOutcome:
     from charkha.backends.torch.quiet import quiet_libraries
 
     quiet_libraries()  # before the libraries are imported: some of them speak while they load
     from charkha.backends.torch.trainer import train as train_with_torch
 
-    flag, control = StopFlag(), Control(session.run.path)
-    control.set_wish("run")  # whoever starts the run wants it to go on
+    steering.control.set_wish("run")  # whoever starts the run wants it to go on
     try:
-        with stop_on_signals(flag):
+        with stop_on_signals(steering.flag):
             return train_with_torch(
                 session.base,
                 session.adapter,
@@ -127,7 +143,7 @@ def _run_backend(
                 pad_id=session.data.pad_id,
                 store=store,
                 resume_from=checkpoint,
-                steering=RunSteering(flag, control),
+                steering=steering,
                 record=record,
                 final_folder=store.staging / FINAL,
             )
@@ -139,6 +155,13 @@ def _run_backend(
     except (TrainingFailed, DoesNotFit, EnvironmentProblem) as failure:
         record("status", status="failed", reason=failure.message, kind=failure.kind)
         raise
+
+
+def _gpu_index(nvml: Nvml) -> int | None:
+    from charkha.backends.torch.device import gpu_uuid
+
+    uuid = gpu_uuid()
+    return None if uuid is None else nvml.index_of(uuid)
 
 
 def _sensors(device: str) -> DeviceSensors:

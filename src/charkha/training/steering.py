@@ -17,16 +17,23 @@ class RunSteering:
     def __init__(
         self, flag: StopFlag, control: Control, guard: Callable[[float], Order] = lambda step_seconds: NO_ORDER
     ) -> None:
-        self._flag = flag
-        self._control = control
+        self.flag = flag
+        self.control = control
         self._guard = guard
+        self.stop_reason: str | None = None  # of the stop that was ordered
 
     def order(self, step_seconds: float) -> Order:
         """The order of now."""
-        if self._flag.is_set():
-            return Order(stop=True, reason=self._flag.reason)
+        order = self._merged(step_seconds)
+        if order.stop:
+            self.stop_reason = order.reason
+        return order
+
+    def _merged(self, step_seconds: float) -> Order:
+        if self.flag.is_set():
+            return Order(stop=True, reason=self.flag.reason)
         guarded = self._guard(step_seconds)
-        wish = self._control.wish()
+        wish = self.control.wish()
         if wish == "stop":
             return Order(stop=True, reason="`charkha stop`")
         if wish == "pause" and not guarded.stop:
@@ -35,4 +42,4 @@ class RunSteering:
 
     def beat(self) -> None:
         """Shows that the run gets on."""
-        self._control.beat()
+        self.control.beat()

@@ -1,0 +1,198 @@
+"""The thread that feeds the guard and hands its decisions on: sensors, UPS, energy and the hour in; orders out.
+
+`guard.decide` is pure; this file reads, sets power limits, and records every decision that changes something. The
+training loop asks for its order at step boundaries and never waits for a sensor.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from charkha.backends.base import Order, Recorder
+from charkha.config import Config
+from charkha.errors import ConfigError, ConfigProblem
+from charkha.guard import Decision, GuardState, Readings, decide, limits_to_restore
+from charkha.guard_limits import GuardLimits, parse_budget, parse_windows
+from charkha.hardware.sensors import CpuPower, NotPermitted, Nvml, open_nvml
+from charkha.hardware.ups import MainsState, MainsWatch, Ups, UpsReading, open_ups
+
+_EVERY_S = 1.0
+MAINS_STABLE_S = 30.0
+
+
+def guard_limits(config: Config) -> GuardLimits:
+    """What the owner allows, as the policy takes it. Raises ConfigError for a budget in another currency."""
+    guard = config.guard
+    try:
+        budget = parse_budget(guard.budget, config.cost.currency)
+    except ValueError as error:
+        raise ConfigError("config", [ConfigProblem("guard.budget", str(error))]) from None
+    return GuardLimits(
+        target_temperature_c=guard.max_gpu_temperature_c,
+        max_power_w=guard.max_power_w,
+        budget=budget,
+        windows=parse_windows(guard.windows),
+    )
+
+
+class RunGuard:
+    """Watches one run from `start` to `close`; with nothing to watch it does nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        record: Recorder,
+        *,
+        gpu_index: Callable[[Nvml], int | None],
+        energy_kwh_before: float = 0.0,
+        every_s: float = _EVERY_S,
+        mains_stable_s: float = MAINS_STABLE_S,
+    ) -> None:
+        self._limits = guard_limits(config)
+        self._price = config.cost.electricity_per_kwh
+        self._record = record
+        self._every_s = every_s
+        self._ups: Ups | None = open_ups(config.guard.ups)
+        self._mains = MainsWatch(mains_stable_s) if self._ups is not None else None
+        nvml = open_nvml()
+        index = None if nvml is None else gpu_index(nvml)
+        self._gpu = None if nvml is None or index is None else _Gpu(nvml, index)
+        self._cpu_power = CpuPower() if self._gpu is None else None
+        self._joules = energy_kwh_before * 3.6e6
+        self._energy_known = True
+        self._felt_at: float | None = None
+        self._state = GuardState()
+        self._decision = Decision()
+        self._save_wanted = False
+        self._tokens_per_second: float | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch, where there is anything: a GPU, a UPS, a budget or hours."""
+        watched = (self._gpu, self._ups, self._limits.budget, self._limits.windows or None)
+        if any(part is not None for part in watched):
+            self._look()  # the first order is there before the first step
+            self._thread.start()
+
+    def close(self) -> None:
+        """Ends watching and puts the power limits back as they were."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        for watts in limits_to_restore(self._state):
+            if watts is not None and self._gpu is not None:
+                self._gpu.set_limit(watts)
+
+    def saw_save(self, blocked_seconds: float) -> None:
+        """Told what a save cost: the battery must last for three of them."""
+        with self._lock:
+            self._limits = replace(self._limits, save_seconds=max(1.0, blocked_seconds))
+
+    def saw_step(self, tokens_per_second: float) -> None:
+        """Told how fast the run goes: a fall without a visible cause is told."""
+        self._tokens_per_second = tokens_per_second
+
+    def order(self, step_seconds: float) -> Order:
+        """The guard's order of now."""
+        with self._lock:
+            decision, save, self._save_wanted = self._decision, self._save_wanted, False
+        reason = "; ".join(decision.reasons) or None
+        idle = decision.pace / (1 - decision.pace) * step_seconds if decision.pace < 1 else step_seconds
+        return Order(
+            save=save,
+            pause=decision.action == "pause",
+            stop=decision.action == "stop",
+            idle_seconds=idle,
+            reason=reason or decision.stop_kind or "the guard",
+        )
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._every_s):
+            self._look()
+
+    def _look(self) -> None:
+        readings = self._readings()
+        with self._lock:
+            decision, self._state = decide(readings, self._limits, self._state)
+            reasons = decision.reasons or self._decision.reasons  # why it still waits
+            before, self._decision = self._decision, replace(decision, reasons=reasons)
+            self._save_wanted = self._save_wanted or decision.save
+        for watts in decision.power_limits_w:
+            if watts is not None and self._gpu is not None:
+                self._gpu.set_limit(watts)
+        if decision.reasons or decision.action != before.action or decision.save:
+            self._tell(decision, readings)
+        for text in decision.notes:
+            self._record("note", text=text)
+
+    def _tell(self, decision: Decision, readings: Readings) -> None:
+        gpu = readings.gpus[0] if readings.gpus else None
+        self._record(
+            "guard",
+            action=decision.action,
+            save=decision.save,
+            pace=round(decision.pace, 3),
+            power_limit_w=next((watts for watts in decision.power_limits_w if watts is not None), None),
+            temperature_c=gpu.temperature_c if gpu else None,
+            power_w=gpu.power_w if gpu else None,
+            reasons=list(decision.reasons),
+        )
+
+    def _readings(self) -> Readings:
+        now = time.monotonic()
+        here = time.localtime()
+        reading = self._ups.read() if self._ups is not None else None
+        gpus = () if self._gpu is None else (self._gpu.nvml.read(self._gpu.index),)
+        self._count_energy(now, gpus[0].power_w if gpus else self._cpu_power.watts() if self._cpu_power else None)
+        energy_kwh = self._joules / 3.6e6 if self._energy_known else None
+        return Readings(
+            time_s=now,
+            local_minute_of_day=here.tm_hour * 60 + here.tm_min,
+            weekday=here.tm_wday,
+            gpus=gpus,
+            gpu_limits=() if self._gpu is None else (self._gpu.limits,),
+            mains=self._mains_state(reading, now),
+            ups=reading,
+            energy_kwh=energy_kwh,
+            money=None if energy_kwh is None else energy_kwh * self._price,
+            tokens_per_second=self._tokens_per_second,
+            may_set_power=self._gpu is not None and self._gpu.may_set_power,
+        )
+
+    def _mains_state(self, reading: UpsReading | None, now: float) -> MainsState | None:
+        return None if reading is None or self._mains is None else self._mains.update(reading, now)
+
+    def _count_energy(self, now: float, watts: float | None) -> None:
+        """Adds up power over time. A moment without a reading makes the sum unknown, not smaller."""
+        if self._felt_at is not None:
+            if watts is None:
+                self._energy_known = False
+            else:
+                self._joules += watts * (now - self._felt_at)
+        self._felt_at = now
+
+
+class _Gpu:
+    """The GPU that trains, and whether its power limit may be set."""
+
+    def __init__(self, nvml: Nvml, index: int) -> None:
+        self.nvml = nvml
+        self.index = index
+        self.limits = nvml.limits(index)
+        self.may_set_power = True
+        found = nvml.read(index).power_limit_w
+        self.may_set_power = found is not None and self.set_limit(found)  # as it is: only the right is tried
+
+    def set_limit(self, watts: float) -> bool:
+        """Whether the card took the limit."""
+        try:
+            self.nvml.set_power_limit(self.index, watts)
+        except (NotPermitted, ValueError):
+            self.may_set_power = False
+            return False
+        return True
