@@ -207,6 +207,43 @@ def test_a_run_goes_on_only_with_the_settings_data_and_base_it_began_with(
     assert work.train("checkpoint.every=1 steps", "cost.currency=EUR")[0].status == "done"
 
 
+def test_another_machine_version_or_rate_is_accepted_when_told_so_and_remembered(
+    project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from charkha.training import continuing
+
+    work = project()
+    work.train(stop_at=2)
+    versions = continuing.package_versions() | {"transformers": "9.9.9"}
+    monkeypatch.setattr(continuing, "package_versions", lambda: versions)
+    with pytest.raises(RunOfAnotherConfig, match=r"transformers: .* in the run, 9\.9\.9 now") as caught:
+        work.train("training.learning_rate=1e-5")
+    assert "training.learning_rate" in str(caught.value)
+    assert "--accept-changes" in (caught.value.remedy or "")
+    from charkha.training.session import train
+
+    overrides = ["training.learning_rate=1e-5", "output=run"]
+    notes: list[str] = []
+    result = train(work.config, overrides, lambda event: notes.append(str(event.get("text"))), accept_changes=True)
+    assert result.status == "done"
+    assert sum(text.startswith("accepted: ") for text in notes) == 2
+    (accepted,) = RunFolder(work.run_folder()).read_manifest()["accepted"]
+    assert accepted["step"] == 2
+    assert len(accepted["changes"]) == 2
+    assert train(work.config, overrides, lambda event: None).status == "done", "nothing differs any more"
+
+
+def test_what_the_saved_state_does_not_fit_is_never_accepted(project: MakeProject) -> None:
+    from charkha.training.session import train
+
+    work = project()
+    work.train(stop_at=2)
+    for override in ("adapter.r=2", "training.batch_size=4", "training.seed=1", "training.optimizer=sgd"):
+        with pytest.raises(RunOfAnotherConfig) as caught:
+            train(work.config, [override, "output=run"], lambda event: None, accept_changes=True)
+        assert "--accept-changes" not in (caught.value.remedy or "")
+
+
 def test_another_base_in_the_same_folder_is_noticed(
     project: MakeProject, new_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pause": ("steer:pause_app", "Saves a run at its next step boundary and lets it wait there."),
     "resume": ("steer:resume_app", "Lets a paused run go on."),
     "stop": ("steer:stop_app", "Saves a run at its next step boundary and ends it."),
+    "verify-resume": ("verify_resume", "Proves on this machine that a killed run goes on to the same bits."),
     "guard": ("guard", "Shows what the guard would do about heat, watts and power cuts."),
     "eval": ("evaluate", "Held-out loss, perplexity and exact match of a run."),
     "compare": ("compare", "Base and tuned model side by side on your prompts."),

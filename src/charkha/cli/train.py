@@ -24,6 +24,13 @@ def train(
     map_: Annotated[
         str | None, typer.Option("--map", help="Columns by name: prompt=question,completion=answer.")
     ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="Go on with a run under other versions, on another machine, or with other settings.",
+        ),
+    ] = False,
     foreground: Annotated[
         bool,
         typer.Option("--foreground", envvar="CHARKHA_FOREGROUND", help="Train in this very process, not restarted."),
@@ -41,15 +48,15 @@ def train(
     """
     overrides = [*(set_ or []), *_map_override(map_)]
     if not foreground:
-        _supervise(config, overrides, as_json)
+        _supervise(config, overrides, accept_changes, as_json)
     if follow_parent:
         from charkha.training.signals import end_with_parent
 
         end_with_parent()
-    run_command(lambda: _train(config, overrides), _show, as_json)
+    run_command(lambda: _train(config, overrides, accept_changes), _show, as_json)
 
 
-def _supervise(config: Path, overrides: list[str], as_json: bool) -> NoReturn:
+def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json: bool) -> NoReturn:
     """Leaves with the worker's exit code; what the worker prints is the answer."""
 
     def work() -> dict[str, Any]:
@@ -60,7 +67,9 @@ def _supervise(config: Path, overrides: list[str], as_json: bool) -> NoReturn:
         loaded = load_config(config, overrides)  # a broken config is answered here
         run = RunFolder((loaded.folder / loaded.config.output).resolve())
         arguments = [part for override in overrides for part in ("--set", override)]
-        raise typer.Exit(supervise(worker_command(config, [*arguments, *(["--json"] if as_json else [])]), run, note))
+        arguments += ["--accept-changes"] if accept_changes else []
+        arguments += ["--json"] if as_json else []
+        raise typer.Exit(supervise(worker_command(config, arguments), run, note))
 
     run_command(work, _show, as_json)
     raise AssertionError("a supervised run always leaves by its exit code")
@@ -71,7 +80,7 @@ def _map_override(text: str | None) -> list[str]:
     return [f"data.map={json.dumps(parse_mapping(text))}"] if text else []
 
 
-def _train(config: Path, overrides: list[str]) -> dict[str, Any]:
+def _train(config: Path, overrides: list[str], accept_changes: bool) -> dict[str, Any]:
     from charkha.cli.environment import go_offline
     from charkha.cli.live import LiveLine
     from charkha.config_file import load_config
@@ -82,7 +91,7 @@ def _train(config: Path, overrides: list[str]) -> dict[str, Any]:
 
     live = LiveLine()
     try:
-        result = train_run(config, overrides, live)
+        result = train_run(config, overrides, live, accept_changes=accept_changes)
     finally:
         live.close()
     return asdict(result) | ({"exit_code": EXIT_PAUSED} if result.status == "paused" else {})

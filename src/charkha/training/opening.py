@@ -40,6 +40,7 @@ class Session:
     resolved: Config
     parameters: int
     memory: Preview
+    device_name: str
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
 
 
@@ -110,6 +111,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         resolved,
         about_base.parameters,
         memory,
+        facts.name,
         proved_leak,
     )
 

@@ -18,17 +18,22 @@ from charkha.backends.base import TrainOutcome
 from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
 from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
-from charkha.hardware.probe import peak_rss_bytes, probe_host
+from charkha.hardware.probe import peak_rss_bytes
 from charkha.hardware.sensors import DeviceSensors, Nvml
 from charkha.plan.packing_support import PackingLeaks
 from charkha.store import durable
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
-from charkha.training.continuing import base_fingerprint_of, newest_checkpoint, require_same_run
+from charkha.training.continuing import (
+    accepted_record,
+    base_fingerprint_of,
+    newest_checkpoint,
+    require_same_run,
+    surroundings,
+)
 from charkha.training.guarding import RunGuard
 from charkha.training.opening import Observer, Session, open_session
-from charkha.training.provenance import package_versions
 from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
@@ -36,9 +41,10 @@ from charkha.training.steering import RunSteering
 FINAL = "final"  # under staging/
 
 
-def train(config_path: Path, overrides: list[str], observe: Observer) -> TrainResult:
+def train(config_path: Path, overrides: list[str], observe: Observer, *, accept_changes: bool = False) -> TrainResult:
     """Trains, or goes on with, the run that the config describes. `observe` gets every event as it is recorded.
 
+    `accept_changes` goes on under other library versions, another machine, or settings that the saved state fits.
     Raises the errors of errors.py; a stop asked for by a signal is a result with status `paused`, not an error.
     """
     loaded = load_config(config_path, overrides)
@@ -46,21 +52,20 @@ def train(config_path: Path, overrides: list[str], observe: Observer) -> TrainRe
     with run.lock():
         session = open_session(loaded, run, observe)
         try:
-            return _train_locked(session, observe)
+            return _train_locked(session, observe, accept_changes)
         except PackingLeaks as leak:
             if loaded.config.data.packing != "auto" or any((run.path / "checkpoints").glob("step-*")):
                 raise
             run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
             session = open_session(loaded, run, observe, proved_leak=leak.message)
-            return _train_locked(session, observe)
+            return _train_locked(session, observe, accept_changes)
 
 
-def _train_locked(session: Session, observe: Observer) -> TrainResult:
+def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> TrainResult:
     run = session.run
     store = CheckpointStore(run.path, anchor=run.config_path)
     started_before = run.exists
-    if started_before:
-        require_same_run(session)
+    accepted = require_same_run(session, accept_changes=accept_changes) if started_before else []
     checkpoint = newest_checkpoint(store, session, observe) if started_before else None
     if (
         started_before
@@ -72,6 +77,10 @@ def _train_locked(session: Session, observe: Observer) -> TrainResult:
         return result_of(run, session.plan, status="done", peak_memory_bytes=None, peak_rss_bytes=peak_rss_bytes())
     if not started_before:
         _write_records(session)
+    elif accepted:
+        step = checkpoint.step if checkpoint else 0
+        run.write_json(run.manifest_path, accepted_record(run.read_manifest(), accepted, step, session))
+        durable.write_durably(run.config_path, dump_config(session.resolved).encode())
 
     trackers = open_trackers(require_trackers(session.resolved.report_to), run.path, session.resolved)
 
@@ -97,6 +106,8 @@ def _train_locked(session: Session, observe: Observer) -> TrainResult:
         record(
             "resume", from_step=checkpoint.step if checkpoint else 0, path=str(checkpoint.path) if checkpoint else None
         )
+    for change in accepted:
+        record("note", text=f"accepted: {change}")
     record("status", status="running")
     steering = RunSteering(StopFlag(), Control(run.path), guard.order)
     try:
@@ -182,9 +193,7 @@ def _write_records(session: Session) -> None:
         run.manifest_path,
         {
             "created_unix_s": round(time.time()),
-            "versions": package_versions(),
-            "host": asdict(probe_host()),
-            "device": session.base.device,
+            **surroundings(session),
             "base": {
                 "name": session.loaded.config.model.base,
                 "path": str(session.base.path),
