@@ -80,7 +80,8 @@ def test_files_are_on_the_disk_before_the_manifest_and_the_manifest_before_the_n
     written = order[order.index("sync weights.safetensors") :]
     assert written == [
         "sync weights.safetensors", "sync checkpoint/", "sync checkpoint/", "sync state.json", "sync inner/",
-        f"sync {MANIFEST}", "sync checkpoint/", "rename checkpoint step-000001", "sync checkpoints/", "sync staging/",
+        f"sync {MANIFEST}", "sync checkpoint/", "sync run/", "rename checkpoint step-000001", "sync checkpoints/",
+        "sync staging/",
     ]  # fmt: skip
 
 
@@ -284,7 +285,7 @@ def test_the_room_for_a_checkpoint_is_taken_and_given_to_it(
 
 
 def test_prune_keeps_the_best_and_the_pinned_and_counts_no_damaged_one(store: CheckpointStore) -> None:
-    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: None, 5: 1.6, 6: None, 7: None}
+    losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: float("nan"), 5: 1.6, 6: None, 7: None}
     for step, loss in losses.items():
         commit(store, step, eval_loss=loss)
     (store.folder / "step-000003.pinned").touch()

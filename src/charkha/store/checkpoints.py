@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,22 @@ class CheckpointStore:
     def clear(self) -> None:
         """Removes what a crash left behind: staged files, half-removed checkpoints, the reserve."""
         durable.remove_tree(self.staging)
-        for doomed in self.folder.glob(".*.removed"):  # a cut between the two steps of a removal
+        for replaced in self.folder.glob("*.replaced"):  # a cut while a step was saved again
+            self._clear_replaced(replaced)
+        removed = list(self.folder.glob(".*.removed"))  # a cut between the two steps of a removal
+        if removed:
+            durable.sync_folder(self.folder)  # or their files might go and their proper names come back
+        for doomed in removed:
             durable.remove_tree(doomed)
         durable.remove_file(self._reserve)
+
+    def _clear_replaced(self, replaced: Path) -> None:
+        """The older of two checkpoints of one step goes when the newer has its name; else it gets its name back."""
+        target = replaced.with_suffix("")
+        if target.exists():
+            durable.remove_folder(replaced)
+        else:
+            durable.rename_durably(replaced, target)
 
     def reserve(self, size: int) -> None:
         """Takes the room of the next checkpoint on the disk, so that nobody else fills it up.
@@ -83,7 +97,13 @@ class CheckpointStore:
         try:
             durable.reserve(self._reserve, size + _OVERHEAD_BYTES)
         except OSError as error:
-            raise self._no_room(size) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self._no_room(size) from error
+            raise DoesNotFit(
+                f"no room for a checkpoint can be taken: {error.strerror}",
+                where=str(self.folder),
+                remedy="see to this disk and run the same command again; earlier checkpoints are untouched",
+            ) from error
 
     def save(self, step: int, files: Sequence[NewFile], *, eval_loss: float | None = None) -> Checkpoint:
         """Makes `files` the checkpoint of `step`: written and synced, manifest last, rename, fsync of the parent.
@@ -105,11 +125,17 @@ class CheckpointStore:
         durable.write_file(staged / MANIFEST, [manifest])
         durable.sync_folder(staged)
         durable.make_folder(self.folder)
+        durable.sync_folder(self.folder.parent)  # an earlier try may have made the folder and not got this far
         target = self.folder / f"step-{step:06d}"
+        replaced = target.with_name(f"{target.name}.replaced")  # a name under which it still counts
         self._good.discard(target)
-        if target.exists():
-            durable.remove_folder(target)  # only a checkpoint that failed verification is ever written again
+        if target.exists():  # it failed verification, or its save or the removal of older ones was tried again
+            if replaced.exists():
+                durable.remove_folder(replaced)
+            durable.rename_durably(target, replaced)
         durable.rename_durably(staged, target)
+        if replaced.exists():
+            durable.remove_folder(replaced)
         return Checkpoint(target, step, written, eval_loss)
 
     def _require_room(self, size: int) -> None:
@@ -161,7 +187,7 @@ class CheckpointStore:
                 continue  # damaged folders stay: a person may want to look at them
         readable = [checkpoint for checkpoint in readable if checkpoint.step <= newest.step]
         readable.sort(key=lambda checkpoint: checkpoint.step, reverse=True)
-        measured = [checkpoint for checkpoint in readable if checkpoint.eval_loss is not None]
+        measured = [one for one in readable if one.eval_loss is not None and math.isfinite(one.eval_loss)]
         best = min(measured, key=lambda checkpoint: checkpoint.eval_loss or 0.0, default=newest)
         kept = 0
         for checkpoint in readable:
@@ -200,7 +226,7 @@ def read_manifest(folder: Path) -> Checkpoint:
             raise ValueError("it does not match its own SHA-256")
     except FileNotFoundError:
         raise RunDamaged(f"{MANIFEST} is missing: the checkpoint was never finished", where=str(folder)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunDamaged(f"{MANIFEST} cannot be read: {error}", where=str(folder)) from None
     return Checkpoint(folder, step, files, eval_loss)
 

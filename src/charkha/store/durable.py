@@ -136,7 +136,8 @@ def make_folder(folder: Path) -> None:
     """The folder and those above it, each new name on the disk."""
     missing = [folder, *folder.parents]
     for path in reversed([path for path in missing if not path.exists()]):
-        _disk.make_folder(path)
+        with suppress(FileExistsError):  # another process was quicker
+            _disk.make_folder(path)
         _disk.sync_folder(path.parent)
 
 

@@ -33,6 +33,8 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.merged = path / "merged"
         self._unwritten: list[str] = []  # events that the disk has not taken yet
+        self._events_named = False  # whether events.jsonl's own name is on the disk
+        self._events_in_doubt = False  # whether a sync of it failed
 
     @property
     def exists(self) -> bool:
@@ -57,7 +59,7 @@ class RunFolder:
 
         Raises RunInUse naming the process that holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.path)
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _take(descriptor):
@@ -118,14 +120,31 @@ class RunFolder:
         with suppress(OSError):
             self._write_lines()
             if self.events_path.exists():
-                durable.sync_file(self.events_path)
+                self._sync_lines()
+
+    def _sync_lines(self) -> None:
+        if self._events_in_doubt:  # the system may have dropped what it could not sync: a new file takes its place
+            durable.write_durably(self.events_path, self.events_path.read_bytes())
+        self._events_in_doubt = True
+        durable.sync_file(self.events_path)
+        self._events_in_doubt = False
+        if not self._events_named:
+            durable.sync_folder(self.path)
+            self._events_named = True
 
     def _write_lines(self) -> None:
         if not self._unwritten:
             return
         data = "".join(self._unwritten).encode()
         # A line cut short, by a power cut or a full disk, must not swallow the next one.
-        durable.append(self.events_path, b"\n" + data if self._ends_in_part() else data)
+        data = b"\n" + data if self._ends_in_part() else data
+        before = self.events_path.stat().st_size if self.events_path.exists() else 0
+        try:
+            durable.append(self.events_path, data)
+        except OSError:  # whole lines that a disk running full has taken are not written again
+            taken = data[: self.events_path.stat().st_size - before] if self.events_path.exists() else b""
+            del self._unwritten[: taken.lstrip(b"\n").count(b"\n")]
+            raise
         self._unwritten.clear()
 
     def events(self) -> list[dict[str, Any]]:

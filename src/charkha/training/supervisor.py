@@ -171,5 +171,5 @@ def _signal_name(number: int) -> str:
 
 
 def worker_command(config: Path, arguments: Sequence[str]) -> list[str]:
-    """The command line of a worker: this very program, in the foreground."""
-    return [sys.executable, "-m", "charkha", "train", str(config), *arguments, "--foreground", "--follow-parent"]
+    """The command line of a worker: this very program, in the foreground, blind to modules in the working folder."""
+    return [sys.executable, "-P", "-m", "charkha", "train", str(config), *arguments, "--foreground", "--follow-parent"]

@@ -64,7 +64,7 @@ def verify_resume(config: Path, overrides: list[str], *, steps: int, kills: int,
 def _train(config: Path, overrides: list[str], run: RunFolder, kill_after: int | None = None) -> None:
     """A worker in a process of its own, killed as soon as it has recorded that step."""
     sets = [part for override in [*overrides, f"output={run.path}"] for part in ("--set", override)]
-    command = [sys.executable, "-m", "charkha", "train", str(config), *sets, "--foreground", "--json"]
+    command = [sys.executable, "-P", "-m", "charkha", "train", str(config), *sets, "--foreground", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
         while kill_after is not None and worker.poll() is None:
             if any(event["event"] == "step" and event["step"] >= kill_after for event in run.events()):
