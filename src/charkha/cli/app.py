@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pause": ("steer:pause_app", "Saves a run at its next step boundary and lets it wait there."),
     "resume": ("steer:resume_app", "Lets a paused run go on."),
     "stop": ("steer:stop_app", "Saves a run at its next step boundary and ends it."),
+    "service": ("service", "Goes on with a run after a reboot or a power cut, as a systemd user unit."),
     "verify-resume": ("verify_resume", "Proves on this machine that a killed run goes on to the same bits."),
     "guard": ("guard", "Shows what the guard would do about heat, watts and power cuts."),
     "eval": ("evaluate", "Held-out loss, perplexity and exact match of a run."),
