@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing|transformers/models)/' .venv/lib || true
 SETUP := pyproject.toml requirements.lock tools/install_torch.py
 
-.PHONY: quickstart setup setup-dev test test-long test-gpu lint types format lock clean
+.PHONY: quickstart setup setup-dev test test-long support-table fault-tools test-gpu lint types format lock clean
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -45,8 +45,18 @@ types: setup-dev
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long and not gpu"
 
-test-long: setup-dev
-	$(BIN)/python -m pytest -m "long and not gpu"
+# Debian's NUT serves as a real UPS daemon in tests, which are skipped with the reason where it cannot be installed.
+fault-tools:
+	@test -x /lib/nut/upsd || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nut-server) || true
+
+test-long: setup-dev fault-tools
+	$(BIN)/python -m pytest -n $(WORKERS) -m "long and not gpu"
+
+# Tries every architecture x method x quantization x packing x attention and writes docs/architectures.md from it.
+support-table: setup-dev
+	rm -rf build/cells && mkdir -p build/cells
+	$(BIN)/python -m pytest -n $(WORKERS) -m long tests/matrix --record-cells build/cells
+	$(BIN)/python tools/support_table.py build/cells
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu

@@ -136,6 +136,15 @@ def new_model() -> Callable[..., Path]:
     return write_model
 
 
+@pytest.fixture(scope="module")
+def nut() -> Iterator[Any]:
+    """A real UPS daemon; see real_nut.py. Skipped where NUT is not installed."""
+    from real_nut import running_nut
+
+    with running_nut() as real:
+        yield real
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """`small_disk(size_bytes)` is an empty disk of that size; skipped where mounting is not allowed."""

@@ -17,6 +17,7 @@ import pytest
 
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
+from real_nut import HERE, RealNut
 
 MakeProject = Callable[..., Any]
 MANY_STEPS = {"max_steps": 400, "eval_every": 1000, "batch_size": 8, "micro_batch_size": 8}
@@ -155,6 +156,43 @@ def test_an_outage_saves_pauses_and_goes_on_and_a_low_battery_stops_with_everyth
     mains.on()
     resumed, _ = train_with(work, lambda seen: None, "training.max_steps=400")
     assert (resumed.status, resumed.steps, resumed.resumes) == ("done", 400, 1)
+
+
+@pytest.mark.usefixtures("quick_guard")
+def test_a_real_ups_daemon_makes_a_real_run_save_wait_go_on_and_stop(project: MakeProject, nut: RealNut) -> None:
+    """NUT: OL, OB, OL, OB LB. The driver looks at its file once a second."""
+    nut.set("home", "OL", 100)
+    nut.until("home", "online")
+    work = project(
+        training=MANY_STEPS, checkpoint={"every": "1000 steps"}, guard={"ups": f"nut:home@{HERE}:{nut.port}"}
+    )
+    seconds: dict[str, float] = {}
+
+    def script(seen: Watcher) -> None:
+        place = seen.wait_for(is_step)
+        nut.set("home", "OB DISCHRG", 80)
+        nut.until("home", "on_battery")
+        began = time.monotonic()
+        place = seen.wait_for(lambda event: event["event"] == "checkpoint", place)
+        seconds["to save"] = max(0.0, seen.events[place]["seen_s"] - began)
+        place = seen.wait_for(is_status("waiting"), place)
+        nut.set("home", "OL CHRG", 70)
+        place = seen.wait_for(is_step, seen.wait_for(is_status("running"), place))
+        nut.set("home", "OB LB", 19)
+        nut.until("home", "on_battery")
+        began = time.monotonic()
+        place = seen.wait_for(is_status("paused"), place)
+        seconds["to stop"] = max(0.0, seen.events[place]["seen_s"] - began)
+
+    result, seen = train_with(work, script)
+    assert (result.status, result.resumes) == ("paused", 0)
+    longest_step = max(event["seconds"] for event in seen.events if is_step(event))
+    assert seconds["to save"] < longest_step + 2
+    assert seconds["to stop"] < longest_step + 2
+    nut.set("home", "OL", 100)
+    nut.until("home", "online")
+    resumed, _ = train_with(work, lambda seen: None)
+    assert (resumed.status, resumed.resumes) == ("done", 1)
 
 
 @pytest.mark.usefixtures("quick_guard")
