@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 # Typer with that command or group.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "The whole road on the built-in model and data, offline, in about two minutes."),
+    "doctor": ("doctor", "Checks driver, CUDA, GPUs, memory, disk, UPS, sensors and offline state."),
     "init": ("init", "Writes a commented charkha.yaml for a model and data."),
     "fetch": ("fetch", "Brings a base model to this machine: resumable, pinned, safetensors only."),
     "data": ("data", "Inspects, prepares and previews training data."),
