@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from charkha.errors import DoesNotFit, RunDamaged, RunOfAnotherConfig, TrainingFailed
+from charkha.errors import DoesNotFit, RunDamaged, RunFolderError, RunOfAnotherConfig, TrainingFailed
 from charkha.store.checkpoints import MANIFEST, CheckpointStore
 from charkha.store.runs import RunFolder
 
@@ -424,6 +424,41 @@ def test_a_small_disk_that_really_is_full_is_waited_for_until_there_is_room(
     assert "free" in seen[0] or "No space" in seen[0]
     assert [number for number, *_rest in steps(disk / "run")] == [1, 2, 3, 4, 5, 6], "lines wait for the disk as well"
     assert_equal(work.weights("whole"), work.weights(str(disk / "run")))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_folder_that_vanishes_is_waited_for_and_nothing_is_lost(project: MakeProject) -> None:
+    from charkha.training.session import train
+
+    work = project(checkpoint={"every": "1 steps"})
+    work.train(output="whole")
+    run, aside = work.run_folder("cut"), work.folder / "unmounted"
+    waited: list[str] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            run.rename(aside)
+        if event["event"] == "status" and event["status"] == "waiting":
+            waited.append(event["reason"])
+            if len(waited) == 2:
+                shutil.rmtree(run, ignore_errors=True)  # what an empty mount point may have caught meanwhile
+                aside.rename(run)
+
+    result = train(work.config, ["output=cut"], observe)
+    assert result.status == "done"
+    assert "the run folder is gone" in waited[0]
+    assert [number for number, *_rest in steps(run)] == [1, 2, 3, 4, 5, 6]
+    assert_equal(work.weights("cut"), work.weights("whole"))
+
+
+def test_a_run_folder_that_cannot_be_written_is_told_before_the_base_is_loaded(
+    project: MakeProject, small_disk: Callable[[int], Path]
+) -> None:
+    disk = small_disk(1 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(RunFolderError, match="Read-only file system") as caught:
+        project().train(output=str(disk / "run"))
+    assert caught.value.exit_code == 6
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(project: MakeProject) -> None:

@@ -57,10 +57,17 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Exclusive use of the folder until the block ends; a dead process's lock is gone by itself (flock).
 
-        Raises RunInUse naming the process that holds it.
+        Raises RunInUse naming the process that holds it, RunFolderError for a folder that cannot be made or written.
         """
-        durable.make_folder(self.path)
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            durable.make_folder(self.path)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(
+                f"the run folder cannot be written: {error.strerror}",
+                where=str(self.path),
+                remedy="choose an `output` that you may write to, or mount its disk for writing",
+            ) from error
         try:
             if not _take(descriptor):
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"

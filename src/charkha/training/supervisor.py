@@ -74,7 +74,7 @@ def supervise(command: Sequence[str], run: RunFolder, say: Say, patience: Patien
 
 def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tuple[int, str | None]:
     """(exit code, why it is worth another try); the latter None when that is the end of it."""
-    began = time.time()
+    said_before = len(_statuses(run))
     with subprocess.Popen(list(command), start_new_session=True) as worker, _hand_on_signals(worker) as asked:
         hung = _wait(worker, Control(run.path), patience)
     code = worker.returncode
@@ -82,7 +82,7 @@ def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tup
         return code, None if asked else f"gave no sign for {format_seconds(hung)} and was killed"
     if code < 0 and not asked:
         return code, f"was killed by {_signal_name(-code)}"
-    told = _failure(run, began)
+    told = _failure(_statuses(run)[said_before:])
     if told in (OUT_OF_MEMORY, GPU_LOST):
         return code, told
     if code == CRASHED and not asked:
@@ -156,11 +156,14 @@ def _last_step(run: RunFolder) -> int:
     return max((event["step"] for event in run.events() if event["event"] == "step"), default=0)
 
 
-def _failure(run: RunFolder, began_unix_s: float) -> str | None:
-    """The kind of failure that the worker wrote down before it ended."""
-    said = [event for event in run.events() if event["event"] == "status"]
+def _statuses(run: RunFolder) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["event"] == "status"]
+
+
+def _failure(said: list[dict[str, Any]]) -> str | None:
+    """The kind of failure that the worker wrote down before it ended, among what it said since it was started."""
     last = said[-1] if said else {}
-    return last.get("kind") if last.get("status") == "failed" and last["time_unix_s"] >= began_unix_s - 1 else None
+    return last.get("kind") if last.get("status") == "failed" else None
 
 
 def _signal_name(number: int) -> str:
