@@ -32,6 +32,17 @@ def probe_host() -> HostFacts:
     )
 
 
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has instructions for bf16 (x86: AVX512-BF16 or AMX; ARM: BF16); unknown is no."""
+    if not cpuinfo.exists():
+        return False
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+    return False
+
+
 def _processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -16,6 +16,8 @@ from charkha.units import format_bytes
 LONGEST_BY_DEFAULT = 4096
 ALL_KERNELS = frozenset({"flash_attention_2", "sdpa", "eager"})
 LARGE_LOGITS_BYTES = 256 << 20  # fp32; their gradient and a copy come on top
+# 21.9 M parameters on a CPU with avx512_bf16: 1062 tokens per CPU second in bf16, 708 in fp32; 1.4 M: fp32 is faster.
+BF16_PAYS_FROM = 10_000_000
 Value = TypeVar("Value", str, int)
 
 
@@ -39,6 +41,7 @@ class DeviceFacts:
     name: str
     supports_bf16: bool
     compute_capability: tuple[int, int] | None
+    native_bf16: bool = False  # of a CPU: has instructions for it, where others emulate it slowly
 
 
 class Chooser:
@@ -49,7 +52,7 @@ class Chooser:
         self._facts = facts
         self.choices: list[Choice] = []
 
-    def dtype(self) -> Dtype:
+    def dtype(self, parameters: int) -> Dtype:
         asked = self._config.model.dtype
         if asked == "fp16" and self._facts.device != "cuda":
             raise _refused("model.dtype", asked, "fp16 needs a GPU to be of use", "bf16 or fp32")
@@ -58,7 +61,11 @@ class Chooser:
         if asked != "auto":
             return asked
         if self._facts.device == "cpu":
-            return self._dtype("fp32", "on a CPU; bf16 halves the memory where the CPU has it")
+            if not self._facts.native_bf16:
+                return self._dtype("fp32", "this CPU has no instructions for bf16")
+            if parameters < BF16_PAYS_FROM:
+                return self._dtype("fp32", "on a CPU a base this small is no faster in bf16")
+            return self._dtype("bf16", "this CPU computes in bf16: half the memory, about 1.5 times the speed")
         if self._facts.supports_bf16:
             return self._dtype("bf16", f"{self._facts.name} computes in bf16")
         return self._dtype("fp16", f"{self._facts.name} has no bf16 arithmetic")

@@ -14,6 +14,7 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
+from charkha.hardware.probe import cpu_has_bf16
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import Choice, Chooser, DeviceFacts, adapter_spec, step_plan, unused_adapter_keys
@@ -55,7 +56,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     about_base = base_facts(base_folder)
     facts = _device_facts()
     chooser = Chooser(config, facts)
-    dtype = chooser.dtype()
+    dtype = chooser.dtype(about_base.parameters)
     skeleton = build_skeleton(base_folder)
     attention = chooser.attention(dtype, attention_kernels(skeleton))
     quantization = chooser.quantization(about_base.stored_quantization)
@@ -120,7 +121,7 @@ def _device_facts() -> DeviceFacts:
     from charkha.backends.torch.device import find_device
 
     device, name, bf16, capability = find_device()
-    return DeviceFacts(device, name, bf16, capability)
+    return DeviceFacts(device, name, bf16, capability, cpu_has_bf16())
 
 
 def _resolved(loaded: LoadedConfig, base_folder: Path, choices: tuple[Choice, ...]) -> Config:
