@@ -117,7 +117,7 @@ def campaign(name: str, overrides: list[str], kills: int, picker: random.Random)
     return {
         "kills": len(trials),
         "inside_a_save": sum(trial["in_save"] for trial in trials),
-        "before_the_first_step_of_a_start": sum(trial["steps_seen"] == 0 for trial in trials),
+        "before_the_first_step_of_a_start": sum(not trial["stepped"] for trial in trials),
         "runs": len(record["runs"]),
         "bit_identical_runs": len(record["runs"]) - len(record["mismatches"]),
         "damaged_checkpoints_seen": sum(trial["damaged"] for trial in trials),
@@ -136,18 +136,19 @@ def start(run: RunFolder, overrides: list[str]) -> subprocess.Popen:
 
 def kill_once(run: RunFolder, overrides: list[str], picker: random.Random) -> dict | None:
     """Starts a worker and kills it; None when the run was done before the moment came."""
-    before = last_step(run)
+    before, starts = last_step(run), len(starts_of(run))
     began = time.monotonic()
     worker = start(run, overrides)
     early = picker.random() < 0.1  # one in ten while the libraries and the model load
     delay = picker.uniform(0.5, 5.0) if early else picker.uniform(0.0, 1.2)
     first_step_seconds = None
     while not early and worker.poll() is None and first_step_seconds is None:
-        if resumed_and_stepped(run, began):
+        if has_stepped(run, starts):
             first_step_seconds = time.monotonic() - began
         time.sleep(0.02)
     time.sleep(delay)
-    in_save = (run.path / "staging" / "checkpoint").exists()
+    stepped = has_stepped(run, starts)
+    in_save = stepped and (run.path / "staging" / "checkpoint").exists()
     if worker.poll() is not None:
         out, err = worker.communicate()
         if worker.returncode != 0:
@@ -159,18 +160,22 @@ def kill_once(run: RunFolder, overrides: list[str], picker: random.Random) -> di
     reached = max(last_step(run), before)
     return {
         "in_save": in_save,
-        "steps_seen": reached - before,
+        "stepped": stepped,
         "steps_lost": reached - (newest.step if newest else 0),
         "damaged": len(skipped),
         "recovery_seconds": round(first_step_seconds, 2) if first_step_seconds and before else None,
     }
 
 
-def resumed_and_stepped(run: RunFolder, _began: float) -> bool:
-    """Whether this start has taken a step: one that stands after the last `status: running`."""
-    events = run.events()
-    running = [number for number, event in enumerate(events) if event.get("status") == "running"]
-    return bool(running) and any(event["event"] == "step" for event in events[running[-1] :]) and run.is_locked()
+def starts_of(run: RunFolder) -> list[int]:
+    """Where in the run's events its starts are."""
+    return [number for number, event in enumerate(run.events()) if event.get("status") == "running"]
+
+
+def has_stepped(run: RunFolder, starts_before: int) -> bool:
+    """Whether the start that came after `starts_before` others has taken a step."""
+    starts = starts_of(run)
+    return len(starts) > starts_before and any(event["event"] == "step" for event in run.events()[starts[-1] :])
 
 
 def last_step(run: RunFolder) -> int:

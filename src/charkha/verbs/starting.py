@@ -111,6 +111,6 @@ training:
   batch_size: 16           # rows per optimizer step
   micro_batch_size: auto   # rows in memory at once
   seed: 42
-checkpoint: {{every: 5min, keep: 2}}   # at most this much work is ever lost
+checkpoint: {{every: auto, keep: 2}}   # about a minute; or 5min, or "50 steps": at most this much work is lost
 output: {output}
 """
