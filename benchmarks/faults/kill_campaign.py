@@ -54,17 +54,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--kind", type=int, action="append", help="number of a kind, from 0; all of them by default")
     arguments = parser.parse_args()
     if arguments.fresh:
         shutil.rmtree(WORK, ignore_errors=True)
     prepare()
     per_kind = -(-arguments.kills // len(KINDS))
-    report = {}
-    for number, (kind, overrides) in enumerate(KINDS.items()):
+    kinds = list(KINDS.items())
+    for number in arguments.kind or range(len(kinds)):
+        kind, overrides = kinds[number]
         print(f"{kind}: {per_kind} kills", flush=True)
-        report[kind] = campaign(f"{number}", overrides, per_kind, random.Random(arguments.seed * 100 + number))
-        RESULTS.write_text(json.dumps(summary(report), indent=1) + "\n", encoding="utf-8")
-        print(f"  {report[kind]}", flush=True)
+        campaign(number, overrides, per_kind, random.Random(arguments.seed * 100 + number))
+        print(f"  {result_of(number)}", flush=True)
+    report = {kind: result_of(number) for number, kind in enumerate(KINDS) if log_of(number).exists()}
+    RESULTS.write_text(json.dumps(summary(report), indent=1) + "\n", encoding="utf-8")
 
 
 def prepare() -> None:
@@ -90,16 +93,21 @@ def prepare() -> None:
     (WORK / "charkha.yaml").write_text(CONFIG, encoding="utf-8")
 
 
-def campaign(name: str, overrides: list[str], kills: int, picker: random.Random) -> dict:
+def log_of(kind: int) -> Path:
+    """What is known of a kind so far."""
+    return WORK / f"{kind}.json"
+
+
+def campaign(kind: int, overrides: list[str], kills: int, picker: random.Random) -> None:
     """One kind: an undisturbed run, and runs that are killed until `kills` is reached; every one must match."""
-    whole = RunFolder(WORK / f"{name}-whole")
+    whole = RunFolder(WORK / f"{kind}-whole")
     if not finished(whole):
         start(whole, overrides).communicate()
-    log = WORK / f"{name}.json"
+    log = log_of(kind)
     record = json.loads(log.read_text()) if log.exists() else {"trials": [], "runs": [], "mismatches": []}
     number = len(record["runs"])
     while len(record["trials"]) < kills:
-        cut = RunFolder(WORK / f"{name}-cut-{number}")
+        cut = RunFolder(WORK / f"{kind}-cut-{number}")
         while not finished(cut) and len(record["trials"]) < kills:
             trial = kill_once(cut, overrides, picker)
             if trial is not None:
@@ -113,6 +121,11 @@ def campaign(name: str, overrides: list[str], kills: int, picker: random.Random)
         log.write_text(json.dumps(record))
         shutil.rmtree(cut.path, ignore_errors=True)
         number += 1
+
+
+def result_of(kind: int) -> dict:
+    """The log of a kind in numbers."""
+    record = json.loads(log_of(kind).read_text())
     trials = record["trials"]
     return {
         "kills": len(trials),
