@@ -271,6 +271,27 @@ def test_a_run_is_steered_through_its_folder(project: MakeProject, wish: Any) ->
     assert RunFolder(work.run_folder()).events()[-1]["status"] == "paused", "a new start begins without an old wish"
 
 
+@pytest.mark.usefixtures("quick_guard")
+def test_a_guard_that_fails_ends_the_run_instead_of_leaving_it_unguarded(
+    project: MakeProject, mains: Mains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from charkha.hardware import ups
+
+    work = project(training=MANY_STEPS, guard={"ups": mains.setting})
+    read = ups.CommandUps.read
+    answers: list[int] = []
+
+    def breaks(self: Any) -> Any:
+        answers.append(1)
+        if len(answers) > 20:
+            raise ZeroDivisionError("a bug in the guard")
+        return read(self)
+
+    monkeypatch.setattr(ups.CommandUps, "read", breaks)
+    with pytest.raises(ZeroDivisionError, match="a bug in the guard"):
+        train_with(work, lambda seen: None)
+
+
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A guard that sees one GPU whose readings a test sets; a real process over the stand-in is in tests/hardware."""

@@ -69,6 +69,7 @@ class RunGuard:
         self._save_wanted = False
         self._tokens_per_second: float | None = None
         self._lock = threading.Lock()
+        self._failure: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
 
@@ -98,7 +99,9 @@ class RunGuard:
         self._tokens_per_second = tokens_per_second
 
     def order(self, step_seconds: float) -> Order:
-        """The guard's order of now."""
+        """The guard's order of now. Raises what ended the guard, if anything did."""
+        if self._failure is not None:
+            raise self._failure
         with self._lock:
             decision, save, self._save_wanted = self._decision, self._save_wanted, False
         reason = "; ".join(decision.reasons) or None
@@ -112,8 +115,11 @@ class RunGuard:
         )
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._every_s):
-            self._look()
+        try:
+            while not self._ended.wait(self._every_s):
+                self._look()
+        except Exception as failure:  # noqa: BLE001  # raised again on the training thread: no run without its guard
+            self._failure = failure
 
     def _look(self) -> None:
         readings = self._readings()
