@@ -75,8 +75,8 @@ def test_torchs_variable_length_kernel_attends_as_document_by_document(sliding_w
     shapes = ((1, 8, sum(lengths), 64), (1, 2, sum(lengths), 64), (1, 2, sum(lengths), 64))
     exact = [torch.randn(shape, device="cuda").bfloat16().float().requires_grad_() for shape in shapes]
     narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
-    assert document_attention._has_kernel(narrow[0])
-    assert not document_attention._has_kernel(exact[0])
+    assert document_attention._has_kernel(narrow[0], narrow[2])
+    assert not document_attention._has_kernel(exact[0], exact[2])
     settings = {"scaling": 0.125, "sliding_window": sliding_window, "cu_seq_lens_q": bounds, "max_length_q": 300}
     outputs = [
         document_attention.documents_attention(module, *tensors, None, **settings)[0] for tensors in (exact, narrow)

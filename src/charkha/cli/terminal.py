@@ -10,6 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -59,9 +60,10 @@ def stderr_console() -> Console:
 
 
 def note(text: str) -> None:
-    """One line for the person watching; never part of the result."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """One line for the person watching; never part of the result. A terminal that is gone is no error."""
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def near(path: str) -> str:

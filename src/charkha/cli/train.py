@@ -53,7 +53,7 @@ def train(
         from charkha.training.signals import end_with_parent
 
         end_with_parent()
-    run_command(lambda: _train(config, overrides, accept_changes), _show, as_json)
+    run_command(lambda: _train(config, overrides, accept_changes, follow_parent), _show, as_json)
 
 
 def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json: bool) -> NoReturn:
@@ -61,11 +61,14 @@ def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json
 
     def work() -> dict[str, Any]:
         from charkha.config_file import load_config
+        from charkha.store.control import Control
         from charkha.store.runs import RunFolder
         from charkha.training.supervisor import supervise, worker_command
 
         loaded = load_config(config, overrides)  # a broken config is answered here
         run = RunFolder((loaded.folder / loaded.config.output).resolve())
+        if run.exists:
+            Control(run.path).set_wish("run")  # once: a worker that is started again heeds what was asked meanwhile
         arguments = [part for override in overrides for part in ("--set", override)]
         arguments += ["--accept-changes"] if accept_changes else []
         arguments += ["--json"] if as_json else []
@@ -80,7 +83,7 @@ def _map_override(text: str | None) -> list[str]:
     return [f"data.map={json.dumps(parse_mapping(text))}"] if text else []
 
 
-def _train(config: Path, overrides: list[str], accept_changes: bool) -> dict[str, Any]:
+def _train(config: Path, overrides: list[str], accept_changes: bool, keep_wish: bool) -> dict[str, Any]:
     from charkha.cli.environment import go_offline
     from charkha.cli.live import LiveLine
     from charkha.config_file import load_config
@@ -91,7 +94,7 @@ def _train(config: Path, overrides: list[str], accept_changes: bool) -> dict[str
 
     live = LiveLine()
     try:
-        result = train_run(config, overrides, live, accept_changes=accept_changes)
+        result = train_run(config, overrides, live, accept_changes=accept_changes, keep_wish=keep_wish)
     finally:
         live.close()
     return asdict(result) | ({"exit_code": EXIT_PAUSED} if result.status == "paused" else {})

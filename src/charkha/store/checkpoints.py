@@ -81,10 +81,16 @@ class CheckpointStore:
     def _clear_replaced(self, replaced: Path) -> None:
         """The older of two checkpoints of one step goes when the newer has its name; else it gets its name back."""
         target = replaced.with_suffix("")
-        if target.exists():
-            durable.remove_folder(replaced)
-        else:
+        if not target.exists():
             durable.rename_durably(replaced, target)
+        elif self._reads_well(target):
+            durable.remove_folder(replaced)  # else both stay: the older one may be the only good one
+
+    def _reads_well(self, folder: Path) -> bool:
+        try:
+            return self._is_good(read_manifest(folder))
+        except RunDamaged:
+            return False
 
     def reserve(self, size: int) -> None:
         """Takes the room of the next checkpoint on the disk, so that nobody else fills it up.

@@ -117,6 +117,17 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     )
 
 
+def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
+    """The config with every `auto` as it was decided when the run began: a newer library may decide otherwise."""
+    wish = loaded.config.model_dump(mode="json")
+    frozen = load_config(run.config_path).config.model_dump(mode="json")
+    for section, keys in wish.items():
+        for key in keys if isinstance(keys, dict) else ():
+            if keys[key] == "auto" and isinstance(frozen.get(section), dict):
+                keys[key] = frozen[section].get(key, "auto")
+    return replace(loaded, config=Config.model_validate(wish))
+
+
 def _device_facts() -> DeviceFacts:
     from charkha.backends.torch.device import find_device
 
@@ -132,7 +143,10 @@ def _resolved(loaded: LoadedConfig, base_folder: Path, choices: tuple[Choice, ..
     config["data"]["train"] = [_absolute_source(source, loaded.folder) for source in config["data"]["train"]]
     held_out = config["data"]["eval"]
     if isinstance(held_out, str) and not held_out.rstrip().endswith("%"):
-        config["data"]["eval"] = str((loaded.folder / held_out).resolve())
+        config["data"]["eval"] = _absolute(held_out, loaded.folder)
+    template = config["data"]["template"]
+    if (loaded.folder / Path(template).expanduser()).is_file():
+        config["data"]["template"] = _absolute(template, loaded.folder)
     config["output"] = str((loaded.folder / config["output"]).resolve())
     for choice in choices:
         section, key = choice.key.split(".")
@@ -142,8 +156,12 @@ def _resolved(loaded: LoadedConfig, base_folder: Path, choices: tuple[Choice, ..
 
 def _absolute_source(source: Any, folder: Path) -> Any:
     if isinstance(source, dict):
-        return {**source, "path": str((folder / source["path"]).resolve())}
-    return str((folder / source).resolve())
+        return {**source, "path": _absolute(source["path"], folder)}
+    return _absolute(source, folder)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
 
 
 def reopen(run: RunFolder) -> tuple[Config, BaseModelSpec, PreparedData]:

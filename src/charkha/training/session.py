@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from charkha.training.continuing import (
     surroundings,
 )
 from charkha.training.guarding import RunGuard
-from charkha.training.opening import Observer, Session, open_session
+from charkha.training.opening import Observer, Session, open_session, with_frozen_choices
 from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
@@ -41,30 +42,44 @@ from charkha.training.steering import RunSteering
 FINAL = "final"  # under staging/
 
 
-def train(config_path: Path, overrides: list[str], observe: Observer, *, accept_changes: bool = False) -> TrainResult:
+def train(
+    config_path: Path,
+    overrides: list[str],
+    observe: Observer,
+    *,
+    accept_changes: bool = False,
+    keep_wish: bool = False,
+) -> TrainResult:
     """Trains, or goes on with, the run that the config describes. `observe` gets every event as it is recorded.
 
     `accept_changes` goes on under other library versions, another machine, or settings that the saved state fits.
+    `keep_wish` leaves a pause or stop standing that was asked for while nothing trained: a restart must not forget it.
     Raises the errors of errors.py; a stop asked for by a signal is a result with status `paused`, not an error.
     """
     loaded = load_config(config_path, overrides)
     run = RunFolder((loaded.folder / loaded.config.output).resolve())
     with run.lock():
+        if not keep_wish:
+            Control(run.path).set_wish("run")  # whoever starts the run wants it to go on
+        if run.exists and not accept_changes:
+            loaded = with_frozen_choices(loaded, run)
         session = open_session(loaded, run, observe)
         try:
             return _train_locked(session, observe, accept_changes)
-        except PackingLeaks as leak:
+        except PackingLeaks as error:
             if loaded.config.data.packing != "auto" or any((run.path / "checkpoints").glob("step-*")):
                 raise
-            run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
-            session = open_session(loaded, run, observe, proved_leak=leak.message)
-            return _train_locked(session, observe, accept_changes)
+            leak = error.message  # the text alone: the error holds the loaded model
+        run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
+        session = open_session(loaded, run, observe, proved_leak=leak)
+        return _train_locked(session, observe, accept_changes)
 
 
 def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> TrainResult:
     run = session.run
     store = CheckpointStore(run.path, anchor=run.config_path)
     started_before = run.exists
+    store.clear()  # before any checkpoint is chosen: a save that was cut short may have to be put back
     accepted = require_same_run(session, accept_changes=accept_changes) if started_before else []
     checkpoint = newest_checkpoint(store, session, observe) if started_before else None
     if (
@@ -98,7 +113,8 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
             if name in ("checkpoint", "status", "resume", "guard"):
                 run.sync_events()
             trackers(event)
-            observe(event)
+            with suppress(OSError):  # a terminal that was closed, a pipe whose reader left: no reason to lose a step
+                observe(event)
 
     guard = RunGuard(session.resolved, record, gpu_index=_gpu_index, energy_kwh_before=energy_kwh_of(run.events()) or 0)
 
@@ -141,7 +157,6 @@ def _run_backend(
     quiet_libraries()  # before the libraries are imported: some of them speak while they load
     from charkha.backends.torch.trainer import train as train_with_torch
 
-    steering.control.set_wish("run")  # whoever starts the run wants it to go on
     try:
         with stop_on_signals(steering.flag):
             return train_with_torch(

@@ -16,17 +16,17 @@ class StopFlag:
     """Set by a signal; read by the loop. `reason` names the first signal."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._set = False  # a plain flag: a lock could be held by the very thread that a signal interrupts
         self.reason = ""
 
     def set(self, reason: str) -> None:
         """Asks for a stop at the next step boundary."""
         self.reason = self.reason or reason
-        self._event.set()
+        self._set = True
 
     def is_set(self) -> bool:
         """Whether a stop was asked for."""
-        return self._event.is_set()
+        return self._set
 
 
 @contextmanager
@@ -45,7 +45,9 @@ def stop_on_signals(flag: StopFlag) -> Iterator[None]:
         flag.set(signal.Signals(number).name)
 
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    # What was ignored when we were started (SIGHUP under nohup) stays ignored.
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heeded}
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from charkha.training.fallback import halve_micro_batch
 from charkha.units import format_seconds
 
 CRASHED = 1  # an exit code that is our bug, or the library's
+EXIT_PAUSED = 75
 # What the worker's last `status` event may say of a failure; see session.py.
 OUT_OF_MEMORY, GPU_LOST = "out_of_memory", "gpu_lost"
 Say = Callable[[str], None]
@@ -78,16 +79,19 @@ def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tup
     with subprocess.Popen(list(command), start_new_session=True) as worker, _hand_on_signals(worker) as asked:
         hung = _wait(worker, Control(run.path), patience)
     code = worker.returncode
+    said = _statuses(run)[said_before:]
+    if said and said[-1]["status"] in ("done", "paused"):  # whatever went wrong after that, the run has what it wants
+        return (0 if said[-1]["status"] == "done" else EXIT_PAUSED), None
     if hung is not None:
         return code, None if asked else f"gave no sign for {format_seconds(hung)} and was killed"
     if code < 0 and not asked:
         return code, f"was killed by {_signal_name(-code)}"
-    told = _failure(_statuses(run)[said_before:])
+    told = _failure(said)
     if told in (OUT_OF_MEMORY, GPU_LOST):
         return code, told
     if code == CRASHED and not asked:
         return code, "crashed"
-    return code, None
+    return (code if code >= 0 else 128 - code), None  # as a shell counts a death by signal
 
 
 def _wait(worker: subprocess.Popen[Any], control: Control, patience: Patience) -> float | None:
@@ -129,7 +133,7 @@ def _decide_restart(run: RunFolder, cause: str, past: _Past, patience: Patience)
             f"the worker ended {past.fruitless} times in a row without getting past step {past.step}: "
             + "; ".join(past.reasons[-past.fruitless :]),
             where=str(run.path),
-            remedy="look at the messages above; `charkha train CONFIG --foreground --debug` shows the whole error",
+            remedy="look at the messages above; `charkha --debug train CONFIG --foreground` shows the whole error",
         )
 
 
@@ -143,7 +147,9 @@ def _hand_on_signals(worker: subprocess.Popen[Any]) -> Iterator[list[int]]:
         if worker.poll() is None:
             worker.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in heeded}
     try:
         yield asked
     finally:

@@ -65,7 +65,10 @@ def documents_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
         return whole, None
-    if dropout == 0.0 and _has_kernel(query):
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32 behind where weights are fp32
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    if dropout == 0.0 and _has_kernel(query, value):
         return _by_kernel(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
     parts = []
     # On a GPU without the kernel this waits for the device, once a layer.
@@ -77,11 +80,13 @@ def documents_attention(
     return torch.cat(parts, dim=1), None
 
 
-def _has_kernel(query: torch.Tensor) -> bool:
+def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     return bool(
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= _LARGEST_HEAD
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] == value.shape[-1]
         and torch.cuda.get_device_capability(query.device) >= _AMPERE
     )
 

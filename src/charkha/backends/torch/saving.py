@@ -15,7 +15,7 @@ from typing import Any
 
 from charkha.backends.base import Recorder, Steering, StepPlan
 from charkha.backends.torch.state import snapshot, snapshot_bytes
-from charkha.errors import DoesNotFit
+from charkha.errors import DoesNotFit, RunDamaged
 from charkha.store.checkpoints import Checkpoint, CheckpointStore, NewFile
 from charkha.units import format_seconds
 
@@ -114,7 +114,7 @@ class Saver:
         self._pending = None
         try:
             written = future.result()
-        except (DoesNotFit, OSError) as error:
+        except (DoesNotFit, RunDamaged, OSError) as error:
             if not _is_disk_trouble(error):
                 raise
             # The snapshot is gone and an older one would be of no more use: the state of now is saved instead.
@@ -132,7 +132,7 @@ class Saver:
         self._pending = None
         try:
             self._tell(step, future.result(), self._blocked_s)
-        except (DoesNotFit, OSError) as error:  # training has ended already, for a reason of its own
+        except (DoesNotFit, RunDamaged, OSError) as error:  # training has ended already, for a reason of its own
             self._record("note", text=f"the checkpoint of step {step} could not be written: {error}")
 
     def _write_or_wait(
@@ -143,7 +143,7 @@ class Saver:
                 if trouble is None:
                     written = self._write(step, snapshot(self._trainer, copy=False), eval_loss)
                     break
-            except (DoesNotFit, OSError) as error:
+            except (DoesNotFit, RunDamaged, OSError) as error:
                 if not _is_disk_trouble(error):
                     raise
                 trouble = error
@@ -179,7 +179,7 @@ class Saver:
 
     def _wait_for_disk(self, trouble: Exception) -> None:
         """Returns after a while, to try again. Raises DoesNotFit when a stop is asked for meanwhile."""
-        reason = trouble.message if isinstance(trouble, DoesNotFit) else str(trouble)
+        reason = trouble.message if isinstance(trouble, (DoesNotFit, RunDamaged)) else str(trouble)
         self._record("status", status="waiting", reason=reason, step=self._trainer.state.global_step)
         text = f"waiting for the disk: {reason}. Nothing is lost: the run goes on by itself as soon as it can save"
         self._record("note", text=text)
@@ -196,7 +196,7 @@ class Saver:
 
 
 def _is_disk_trouble(error: Exception) -> bool:
-    if isinstance(error, DoesNotFit):
+    if isinstance(error, (DoesNotFit, RunDamaged)):  # RunDamaged: what was written reads back as something else
         return True
     return isinstance(error, OSError) and error.errno in _DISK_TROUBLE
 
