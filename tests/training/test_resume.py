@@ -557,3 +557,25 @@ def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
     assert newest.step == result["steps"]
     assert "Traceback" not in errors
     assert work.train()[0].status == "done"
+
+
+def test_a_terminal_that_is_closed_costs_no_step(project: MakeProject) -> None:
+    from charkha.training.session import train
+
+    def gone(event: dict[str, Any]) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    work = project()
+    assert train(work.config, ["output=run"], gone).status == "done"
+    assert len(steps(work.run_folder())) == 6
+
+
+def test_a_run_keeps_the_autos_that_it_began_with(project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from charkha.training import choices
+
+    work = project()
+    work.train(stop_at=2)
+    monkeypatch.setattr(choices, "BF16_PAYS_FROM", 0)  # a later version would choose bf16 here
+    result, _ = work.train()
+    assert result.status == "done"
+    assert RunFolder(work.run_folder()).config_path.read_text().count("dtype: fp32") == 1

@@ -111,6 +111,13 @@ def test_out_of_memory_halves_the_micro_batch_down_to_one_row(run: RunFolder) ->
         watch(run, "failed('out_of_memory'); sys.exit(3)")
 
 
+@pytest.mark.parametrize(("status", "code"), [("done", 0), ("paused", 75)])
+def test_a_crash_after_the_run_has_what_it_wants_starts_nothing(run: RunFolder, status: str, code: int) -> None:
+    script = f"run.append('status', status='{status}')\nos.kill(os.getpid(), signal.SIGSEGV)"
+    assert watch(run, script) == (code, [])
+    assert starts(run) == 1
+
+
 def test_an_earlier_failure_is_not_taken_for_this_one(run: RunFolder) -> None:
     run.append("status", status="failed", reason="x", kind="out_of_memory")
     assert watch(run, "sys.exit(3)") == (3, [])

@@ -56,7 +56,7 @@ def train(
     `keep_wish` leaves a pause or stop standing that was asked for while nothing trained: a restart must not forget it.
     Raises the errors of errors.py; a stop asked for by a signal is a result with status `paused`, not an error.
     """
-    loaded = load_config(config_path, overrides)
+    loaded, observe = load_config(config_path, overrides), _told_if_anyone_listens(observe)
     run = RunFolder((loaded.folder / loaded.config.output).resolve())
     with run.lock():
         if not keep_wish:
@@ -73,6 +73,16 @@ def train(
         run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
         session = open_session(loaded, run, observe, proved_leak=leak)
         return _train_locked(session, observe, accept_changes)
+
+
+def _told_if_anyone_listens(observe: Observer) -> Observer:
+    """A terminal that was closed, or a pipe whose reader left, is no reason to lose a step."""
+
+    def tell(event: dict[str, Any]) -> None:
+        with suppress(OSError):
+            observe(event)
+
+    return tell
 
 
 def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> TrainResult:
@@ -113,8 +123,7 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
             if name in ("checkpoint", "status", "resume", "guard"):
                 run.sync_events()
             trackers(event)
-            with suppress(OSError):  # a terminal that was closed, a pipe whose reader left: no reason to lose a step
-                observe(event)
+            observe(event)
 
     guard = RunGuard(session.resolved, record, gpu_index=_gpu_index, energy_kwh_before=energy_kwh_of(run.events()) or 0)
 
