@@ -45,14 +45,17 @@ def stop_on_signals(flag: StopFlag) -> Iterator[None]:
         flag.set(signal.Signals(number).name)
 
     numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    # What was ignored when we were started (SIGHUP under nohup) stays ignored.
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heeded}
+    before = {number: signal.signal(number, on_signal) for number in numbers if not under_nohup(number)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def under_nohup(number: int) -> bool:
+    """Whether this is SIGHUP and was ignored when we were started. (Shells ignore SIGINT for every background job.)"""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 def end_with_parent() -> None:

@@ -22,6 +22,7 @@ from charkha.errors import EnvironmentProblem, TrainingFailed
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
 from charkha.training.fallback import halve_micro_batch
+from charkha.training.signals import under_nohup
 from charkha.units import format_seconds
 
 CRASHED = 1  # an exit code that is our bug, or the library's
@@ -148,8 +149,7 @@ def _hand_on_signals(worker: subprocess.Popen[Any]) -> Iterator[list[int]]:
             worker.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hand_on) for number in heeded}
+    before = {number: signal.signal(number, hand_on) for number in numbers if not under_nohup(number)}
     try:
         yield asked
     finally:
