@@ -4,7 +4,7 @@
                 temperature_c, power_w (of the device that trains; null where they cannot be read)
     eval        step, eval_loss, eval_tokens, seconds
     checkpoint  step, path, bytes, seconds (until it was on the disk), blocked_seconds (in which training stood still)
-    resume      from_step, path, skipped      readers pass over step and eval events beyond from_step that stand earlier
+    resume      from_step, path               readers pass over step and eval events beyond from_step that stand earlier
     status      status: running, waiting, restarting, paused, done, failed; reason; kind (of a failure)
     guard       action: run, pause, stop; save, pace (share of the time to idle), power_limit_w, temperature_c, power_w,
                 reasons
