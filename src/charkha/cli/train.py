@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from charkha.cli.terminal import JsonOption, near, new_app, new_table, note, parse_mapping, run_command, stdout_console
+from charkha.errors import Paused
 
 app = new_app()
-EXIT_PAUSED = 75
 
 
 @app.command()
@@ -97,7 +97,7 @@ def _train(config: Path, overrides: list[str], accept_changes: bool, keep_wish: 
         result = train_run(config, overrides, live, accept_changes=accept_changes, keep_wish=keep_wish)
     finally:
         live.close()
-    return asdict(result) | ({"exit_code": EXIT_PAUSED} if result.status == "paused" else {})
+    return asdict(result) | ({"exit_code": Paused.exit_code} if result.status == "paused" else {})
 
 
 def _show(result: dict[str, Any]) -> None:

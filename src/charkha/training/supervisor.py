@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from charkha.errors import EnvironmentProblem, TrainingFailed
+from charkha.errors import EnvironmentProblem, Paused, TrainingFailed
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
 from charkha.training.fallback import halve_micro_batch
@@ -26,7 +26,6 @@ from charkha.training.signals import under_nohup
 from charkha.units import format_seconds
 
 CRASHED = 1  # an exit code that is our bug, or the library's
-EXIT_PAUSED = 75
 # What the worker's last `status` event may say of a failure; see session.py.
 OUT_OF_MEMORY, GPU_LOST = "out_of_memory", "gpu_lost"
 Say = Callable[[str], None]
@@ -82,7 +81,7 @@ def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tup
     code = worker.returncode
     said = _statuses(run)[said_before:]
     if said and said[-1]["status"] in ("done", "paused"):  # whatever went wrong after that, the run has what it wants
-        return (0 if said[-1]["status"] == "done" else EXIT_PAUSED), None
+        return (0 if said[-1]["status"] == "done" else Paused.exit_code), None
     if hung is not None:
         return code, None if asked else f"gave no sign for {format_seconds(hung)} and was killed"
     if code < 0 and not asked:
