@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -303,6 +303,34 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
     assert not run.exists()
 
 
+@pytest.mark.parametrize("left_behind", [False, True], ids=["nothing", "an empty mount point"])
+def test_a_folder_that_goes_away_in_the_middle_of_a_save_is_told_and_nothing_counts_as_saved(
+    tmp_path: Path, left_behind: bool
+) -> None:
+    run, aside = tmp_path / "run", tmp_path / "unmounted"
+    run.mkdir()
+    (run / "charkha.yaml").touch()
+    store = CheckpointStore(run, anchor=run / "charkha.yaml")
+    commit(store, 1)
+
+    class Unmounted(durable.Disk):
+        def sync(self, file: BinaryIO) -> None:
+            super().sync(file)
+            if not aside.exists():
+                run.rename(aside)
+                if left_behind:
+                    (run / "staging" / "checkpoint").mkdir(parents=True)
+
+    with durable.use_disk(Unmounted()), pytest.raises(FileNotFoundError, match="run folder is gone"):
+        commit(store, 2)
+    if left_behind:
+        shutil.rmtree(run)
+    aside.rename(run)
+    newest, _ = store.newest_verified()
+    assert newest is not None
+    assert newest.step == 1
+
+
 def test_every_single_bit_of_the_manifest_counts(store: CheckpointStore) -> None:
     path = commit(store, 1, eval_loss=2.5) / MANIFEST
     good = path.read_bytes()
@@ -324,7 +352,7 @@ def test_a_file_that_the_manifest_does_not_name_is_damage(store: CheckpointStore
 WRITER = """
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from charkha.store.checkpoints import CheckpointStore, NewFile
 store = CheckpointStore(Path(sys.argv[1]))
 step = int(sys.argv[2])

@@ -10,7 +10,8 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,13 @@ class CheckpointStore:
         """Makes `files` the checkpoint of `step`: written and synced, manifest last, rename, fsync of the parent.
 
         Raises DoesNotFit when there is not room enough, OSError for what else a disk can do; earlier checkpoints are
-        untouched then.
+        untouched then. A run folder that goes away in the middle, even one whose empty mount point takes the files, is
+        told as such.
         """
+        with self._in_the_run_folder():
+            return self._write_and_commit(step, files, eval_loss)
+
+    def _write_and_commit(self, step: int, files: Sequence[NewFile], eval_loss: float | None) -> Checkpoint:
         staged = self.staging / "checkpoint"
         durable.remove_tree(staged)
         durable.remove_file(self._reserve)
@@ -144,10 +150,23 @@ class CheckpointStore:
             durable.remove_folder(replaced)
         return Checkpoint(target, step, written, eval_loss)
 
-    def _require_room(self, size: int) -> None:
+    @contextmanager
+    def _in_the_run_folder(self) -> Iterator[None]:
+        """Whatever ends the block, a run folder that is gone by then is what is told."""
+        try:
+            yield
+        except (OSError, RunDamaged, DoesNotFit):
+            self._require_run_folder()
+            raise
+        self._require_run_folder()
+
+    def _require_run_folder(self) -> None:
         if self._anchor is not None and not self._anchor.exists():
             reason = "the run folder is gone: removed, or its disk unmounted"
             raise FileNotFoundError(errno.ENOENT, reason, str(self._anchor.parent))
+
+    def _require_room(self, size: int) -> None:
+        self._require_run_folder()
         if durable.free_bytes(self.folder) < size:
             raise self._no_room(size)
 
@@ -183,6 +202,10 @@ class CheckpointStore:
         Best is the lowest held-out loss measured at a checkpoint; a file `step-000400.pinned` beside a checkpoint pins
         it. One beyond `newest` was passed over as damaged when the run was resumed: it does not count and stays.
         """
+        with self._in_the_run_folder():
+            self._prune(keep, newest)
+
+    def _prune(self, keep: int, newest: Checkpoint) -> None:
         verify(newest)
         self._good.add(newest.path)
         readable: list[Checkpoint] = []
