@@ -1,0 +1,189 @@
+"""Identity codes of letters and digits: PAN, GSTIN, TAN, IFSC, EPIC, passport, driving licence, vehicle, IBAN.
+
+Every one but some IFSC holds four digits in a row, so only the surroundings of such digits are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from charkha.data.check_digits import IBAN_LENGTHS, gstin_holds, iban_holds, luhn_holds
+from charkha.data.personal_finds import Confidence, Find
+from charkha.data.personal_labels import OTHER, WEAK, Labels
+
+_ANCHOR = re.compile("[0-9]{4,}")
+_LETTER_IFSC = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{4}0[A-Za-z0-9]{6}(?![A-Za-z0-9])")
+_ZERO_BEFORE_LETTER = re.compile("0[A-Za-z0-9]{0,2}[A-Za-z]")
+_S = "[ -]?"
+# Escapes such as a written-out newline end in a letter, which is no part of the code behind it.
+_CODE = re.compile(
+    rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    rf"(?P<gstin>[0-9]{{2}}{_S}[A-Za-z]{{5}}{_S}[0-9]{{4}}{_S}[A-Za-z]{_S}[0-9A-Za-z]{_S}[A-Za-z]{_S}[0-9A-Za-z])"
+    rf"|(?P<bh>[0-9]{{2}}{_S}[Bb][Hh]{_S}[0-9]{{4}}{_S}[A-Za-z]{{1,2}})"
+    rf"|(?P<driving_licence>[A-Za-z]{{2}}[ /-]?[0-9]{{2}}[ /-]{{0,3}}(?:19|20)[0-9]{{2}}[ /-]{{0,3}}[0-9]{{7}})"
+    rf"|(?P<pan>[A-Za-z]{{3}}{_S}[A-Za-z]{{2}}{_S}[0-9]{{4}}{_S}[A-Za-z])"
+    rf"|(?P<tan>[A-Za-z]{{4}}{_S}[0-9]{{5}}{_S}[A-Za-z])"
+    rf"|(?P<ifsc>[A-Za-z]{{4}}{_S}0[A-Za-z0-9]{{6}})"
+    rf"|(?P<epic>[A-Za-z]{{3}}[ /-]?[0-9]{{7}})"
+    rf"|(?P<passport>[A-Za-z]{_S}[1-9][0-9]{_S}[0-9]{{5}})"
+    rf"|(?P<vehicle>[A-Za-z]{{2}}{_S}[0-9]{{1,2}}{_S}[A-Za-z]{{0,3}}{_S}[0-9]{{4}})"
+    rf")(?![A-Za-z0-9])"
+)
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,30}")
+_BEFORE, _AFTER = 16, 26  # no code but an IBAN reaches further to either side of its four digits
+
+_STATES = frozenset(
+    "AN AP AR AS BR CH CG CT DD DL DN GA GJ HP HR JH JK KA KL LA LD MH ML MN MP MZ NL OD OR PB PY RJ SK TN TR TS TG UK "
+    "UA UP UT WB".split()
+)
+_HOLDERS = frozenset("ABCFGHJKLPT")  # fourth letter of a PAN
+_BANKS = frozenset(
+    "ABHY ABNA AIRP AUBL AXIS BARB BDBL BKID BOFA CBIN CITI CIUB CNRB CORP COSB CSBK DBSS DCBL DEUT DLXB ESFB FDRL FINO "
+    "HDFC HSBC IBKL ICIC IDFB IDIB INDB IOBA IPOS JAKA JSFB KARB KKBK KVBL LAVB MAHB NKGS NSPB ORBC PSIB PUNB PYTM RATN "
+    "RBIS SBIN SCBL SIBL SRCB STBP SURY SVCB SYNB TMBL UBIN UCBA UJVN USFB UTBI UTIB VIJB YESB".split()
+)
+_GST_STATES = frozenset(f"{number:02}" for number in range(1, 39)) | {"97", "99"}
+
+
+def find_codes(text: str, labels: Labels) -> Iterator[Find]:
+    """Every code of the folded text; they may overlap where one holds another, as a GSTIN holds a PAN."""
+    seen: set[tuple[int, int]] = set()
+    for anchor in _ANCHOR.finditer(text):
+        start, end = max(0, anchor.start() - _BEFORE), anchor.end() + _AFTER
+        for match in _CODE.finditer(text, start, end):
+            span = match.span()
+            if span not in seen and not text[span[1] : span[1] + 1].isalnum():
+                seen.add(span)
+                yield from _judge(match, labels)
+        if anchor.start() >= 4:
+            yield from _ibans(text, max(0, anchor.start() - 16), seen)
+    for zero in _ZERO_BEFORE_LETTER.finditer(text, 4):
+        match = _LETTER_IFSC.match(text, zero.start() - 4)
+        if match is not None and match.span() not in seen:
+            seen.add(match.span())
+            if (confidence := _ifsc(match[0], _says(labels, match, "ifsc"))) is not None:
+                yield Find("ifsc", *match.span(), confidence)
+
+
+def _ibans(text: str, start: int, seen: set[tuple[int, int]]) -> Iterator[Find]:
+    for match in _IBAN.finditer(text, start, start + 70):
+        length = IBAN_LENGTHS.get(match[0][:2].upper())
+        end = None if length is None else _after_letters(text, match.start(), length)
+        if end is None or (match.start(), end) in seen or text[end : end + 1].isalnum():
+            continue
+        seen.add((match.start(), end))
+        if iban_holds(text[match.start() : end].replace(" ", "").upper()):
+            yield Find("iban", match.start(), end, "high")
+
+
+def _after_letters(text: str, start: int, count: int) -> int | None:
+    """Where the `count`-th letter or digit from `start` ends, spaces between not counted."""
+    place = start
+    while count and place < len(text):
+        count -= text[place] != " "
+        place += 1
+    return None if count else place
+
+
+def _says(labels: Labels, match: re.Match[str], kind: str) -> bool | None:
+    """True where the words around name this kind, False where they name something that is nobody's, None otherwise."""
+    for meaning in labels.meanings(*match.span()):
+        if meaning.kind == kind:
+            return True
+        if meaning.kind in (OTHER, WEAK) and meaning.adjacent:
+            return False
+    return None
+
+
+def _judge(match: re.Match[str], labels: Labels) -> Iterator[Find]:
+    name = str(match.lastgroup)
+    kind = "vehicle" if name == "bh" else name
+    confidence = _VERDICTS[name](match[0], _says(labels, match, kind))
+    if confidence is not None:
+        yield Find(kind, *match.span(), confidence)
+
+
+def _compact(code: str) -> str:
+    return re.sub("[ /-]", "", code).upper()
+
+
+def _as_written(code: str, labelled: bool | None, capitals: Confidence) -> Confidence | None:
+    """`high` with its label; alone, what capitals are worth, `medium` for small letters, nothing for a mixture."""
+    if labelled is not None:
+        return "high" if labelled else None
+    if code == code.upper():
+        return capitals
+    return "medium" if code == code.lower() else None
+
+
+def _gstin(code: str, labelled: bool | None) -> Confidence | None:
+    compact = _compact(code)
+    return "high" if compact[:2] in _GST_STATES and gstin_holds(compact) else None
+
+
+def _pan(code: str, labelled: bool | None) -> Confidence | None:
+    compact = _compact(code)
+    if compact[3] not in _HOLDERS or compact[5:9] == "0000" or compact.count("X") > 3:
+        return None
+    return _as_written(code, labelled, "high") if labelled or len(code) == 10 else None
+
+
+def _tan(code: str, labelled: bool | None) -> Confidence | None:
+    return "high" if labelled else None
+
+
+def _ifsc(code: str, labelled: bool | None) -> Confidence | None:
+    if labelled is not None:
+        return "high" if labelled else None
+    return "high" if len(code) == 11 and code == code.upper() and code[:4] in _BANKS else None
+
+
+def _epic(code: str, labelled: bool | None) -> Confidence | None:
+    if not luhn_holds(_compact(code)[3:]) or labelled is False:
+        return None
+    if labelled:
+        return "high"
+    return "medium" if len(code) == 10 and code == code.upper() else None
+
+
+def _passport(code: str, labelled: bool | None) -> Confidence | None:
+    return "high" if labelled and code[0].upper() not in "QXZ" else None
+
+
+def _driving_licence(code: str, labelled: bool | None) -> Confidence | None:
+    compact = _compact(code)
+    if compact[:2] not in _STATES or compact[2:4] == "00" or not "1950" <= compact[4:8] <= "2049":
+        return None
+    return _as_written(code, labelled, "high")
+
+
+def _vehicle(code: str, labelled: bool | None) -> Confidence | None:
+    compact = _compact(code)
+    if compact[:2] not in _STATES or compact.endswith("0000"):
+        return None
+    if labelled is not None:
+        return "high" if labelled else None
+    series = compact[2:-4].lstrip("0123456789")
+    if not series or set(series) & {"I", "O"}:
+        return None
+    return "medium" if code == code.upper() or code == compact.lower() else None
+
+
+def _bh(code: str, labelled: bool | None) -> Confidence | None:
+    if labelled is not None:
+        return "high" if labelled else None
+    return "medium" if code == code.upper() else None
+
+
+_VERDICTS: dict[str, Callable[[str, bool | None], Confidence | None]] = {
+    "gstin": _gstin,
+    "pan": _pan,
+    "tan": _tan,
+    "ifsc": _ifsc,
+    "epic": _epic,
+    "passport": _passport,
+    "driving_licence": _driving_licence,
+    "vehicle": _vehicle,
+    "bh": _bh,
+}

@@ -1,0 +1,108 @@
+"""Passwords, keys and tokens: by the prefix their issuer gives them, or by the word that stands before them.
+
+Cheap tests for a literal come first: most text holds none of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from charkha.data.personal_finds import Find
+
+# literal that must be there -> what a whole secret looks like
+_ISSUED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (literal, re.compile(pattern))
+    for literal, pattern in (
+        ("AKIA", r"\bAKIA[A-Z0-9]{16}\b"),
+        ("ASIA", r"\bASIA[A-Z0-9]{16}\b"),
+        ("ghp_", r"\bghp_[A-Za-z0-9]{36,}\b"),
+        ("gho_", r"\bgho_[A-Za-z0-9]{36,}\b"),
+        ("ghs_", r"\bghs_[A-Za-z0-9]{36,}\b"),
+        ("github_pat_", r"\bgithub_pat_[A-Za-z0-9_]{50,}\b"),
+        ("glpat-", r"\bglpat-[A-Za-z0-9_-]{20,}"),
+        ("xox", r"\bxox[abposr]-[A-Za-z0-9-]{10,}"),
+        ("hooks.slack.com", r"hooks\.slack\.com/services/[A-Za-z0-9/]{20,}"),
+        ("AIza", r"\bAIza[A-Za-z0-9_-]{35}"),
+        ("sk_live_", r"\bsk_live_[A-Za-z0-9]{16,}\b"),
+        ("rk_live_", r"\brk_live_[A-Za-z0-9]{16,}\b"),
+        ("sk_test_", r"\bsk_test_[A-Za-z0-9]{16,}\b"),
+        ("rzp_", r"\brzp_(?:live|test)_[A-Za-z0-9]{14,}\b"),
+        ("sk-", r"\bsk-(?:(?:ant|proj|svcacct|or)-)?[A-Za-z0-9_-]{20,}"),
+        ("hf_", r"\bhf_[A-Za-z0-9]{30,}\b"),
+        ("npm_", r"\bnpm_[A-Za-z0-9]{36}\b"),
+        ("pypi-", r"\bpypi-[A-Za-z0-9_-]{50,}"),
+        ("SG.", r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
+        ("dckr_pat_", r"\bdckr_pat_[A-Za-z0-9_-]{20,}"),
+        ("eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+        ("AccountKey=", r"AccountKey=[A-Za-z0-9+/]{40,}={0,2}"),
+        ("-----BEGIN", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S]){1,20000}(?:-----END[A-Z ]*-----)?"),
+        ("://", r"(?<=://)[^\s/:@\"'<>]{1,80}:[^\s/:@\"'<>]{3,200}(?=@[A-Za-z0-9])"),
+    )
+)  # fmt: skip
+_TELEGRAM = re.compile(r"\b[0-9]{8,10}:AA[A-Za-z0-9_-]{33}\b")
+
+_NAMES = ("pass", "pwd", "secret", "api", "access", "token", "bearer ", "पासवर्ड", "கடவுச்சொல்", "পাসওয়ার্ড", "পাসওয়ার্ড")
+_LATIN_NAMES = _NAMES[:7]
+_REACH_BEFORE, _REACH_AFTER = 24, 180
+_NAMED = re.compile(
+    r"(?:pass(?:word|wd|code|phrase)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?key|access[_ -]?key|(?:auth|access|"
+    r"refresh|api|bearer)[_ -]?token|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)"
+    r"(?P<tie>[\"'`*]{0,3}\s{0,2}(?:[:=]|=>|is|hai|है|:-)\s{0,2}[\"'`*]{0,3}|\s{0,2}[:=]\s{0,2})(?P<value>[^\s\"'`,;<>|]{6,128})",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"\bbearer\s+(?P<value>[A-Za-z0-9._~+/-]{20,}=*)", re.IGNORECASE)
+_STAND_INS = re.compile(
+    r"^(?:[x*•.]+$|\$|\{|%|<|\[|\(|your|my[_-]|example|changeme|placeholder|none$|null$|true$|false$|os\.|env|process\.|"
+    r"self\.|config|request|input|getpass|str$|string|undefined|hash|encrypt|https?:|(?:password|passwd|pass|pwd|secret|user(?:name)?)$)",
+    re.IGNORECASE,
+)
+
+
+def find_secrets(text: str, lower: str) -> Iterator[Find]:
+    """Every secret of the text; `lower` is the same in lower case."""
+    for literal, pattern in _ISSUED:
+        if literal in text:
+            for match in pattern.finditer(text):
+                if literal != "://" or not _STAND_INS.match(match[0].partition(":")[2]):
+                    yield Find("secret", *match.span(), "high")
+    if ":AA" in text:
+        for match in _TELEGRAM.finditer(text):
+            yield Find("secret", *match.span(), "high")
+    for name in _LATIN_NAMES if lower.isascii() else _NAMES:
+        if name in lower:
+            yield from _named(text, lower, name)
+
+
+def _named(text: str, lower: str, name: str) -> Iterator[Find]:
+    """Values behind each place where the name stands: only there a pattern is tried."""
+    place = lower.find(name)
+    while place >= 0:
+        for pattern in (_NAMED, _BEARER):
+            match = pattern.search(text, max(0, place - _REACH_BEFORE), place + _REACH_AFTER)
+            if match is None or not match.start() <= place < match.start("value"):
+                continue
+            value = match["value"].rstrip(".)]}*!?।")
+            if _looks_secret(value):
+                yield Find("secret", match.start("value"), match.start("value") + len(value), "high")
+        place = lower.find(name, place + len(name))
+
+
+def _looks_secret(value: str) -> bool:
+    """Whether a value is no ordinary word: letters with digits or signs, and not a name of something in code."""
+    if len(value) < 6 or _STAND_INS.match(value) or "(" in value or "[" in value or "{" in value:
+        return False
+    has_digit = any(letter.isdigit() for letter in value)
+    has_letter = any(letter.isalpha() for letter in value)
+    has_sign = any(letter in "@!#$%^&*+/=~?" for letter in value)
+    if re.fullmatch(r"[A-Za-z_]+(?:\.[A-Za-z_]+)*", value) or not has_letter or not (has_digit or has_sign):
+        return False
+    return _bits_a_letter(value) >= 2.0
+
+
+def _bits_a_letter(value: str) -> float:
+    """Shannon entropy in bits per character."""
+    counts = Counter(value).values()
+    return -sum(count / len(value) * math.log2(count / len(value)) for count in counts)
