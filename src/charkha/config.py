@@ -16,6 +16,7 @@ from charkha.errors import UsageError
 from charkha.guard_limits import parse_budget, parse_windows
 from charkha.hardware.ups import open_ups
 from charkha.optimizers import require_optimizer
+from charkha.personal_kinds import PERSONAL_KINDS
 from charkha.units import parse_seconds
 
 
@@ -117,7 +118,23 @@ class DataSection(Section):
         description="Several rows in one of max_length tokens, none cut, none seeing another; batch_size then counts "
         "these.",
     )
+    personal: Literal["block", "report", "mask", "drop"] = Field(
+        "block",
+        description="Personal data and secrets in the rows: block refuses to train where a find is sure, report trains "
+        "on them, mask puts stand-ins such as <PAN_1>, drop leaves those rows out; manifest.json keeps what was done.",
+    )
+    personal_keep: list[Name] = Field(
+        default_factory=list, description="Kinds that are left as they are, such as [ifsc, date_of_birth]."
+    )
     group_by: str | None = Field(None, description="Column whose values never stand on both sides of the split.")
+
+    @field_validator("personal_keep")
+    @classmethod
+    def _kinds_are_known(cls, kinds: list[str]) -> list[str]:
+        unknown = [kind for kind in kinds if kind not in PERSONAL_KINDS]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no kind; write some of {', '.join(PERSONAL_KINDS)}")
+        return kinds
 
     @field_validator("eval")
     @classmethod

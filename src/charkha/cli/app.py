@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Checks driver, CUDA, GPUs, memory, disk, UPS, sensors and offline state."),
     "init": ("init", "Writes a commented charkha.yaml for a model and data."),
     "fetch": ("fetch", "Brings a base model to this machine: resumable, pinned, safetensors only."),
-    "data": ("data", "Inspects, prepares and previews training data."),
+    "data": ("data", "Inspects, prepares, scans and previews training data."),
     "train": ("train", "Trains; run it again to go on after any stop."),
     "runs": ("runs", "Lists runs and where each stands."),
     "watch": ("watch", "Shows a run as it goes: step, loss, tokens/s, memory, time left."),

@@ -1,4 +1,4 @@
-"""`charkha data`: inspect, prepare and preview training data."""
+"""`charkha data`: inspect, prepare, scan and preview training data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from charkha.cli.data_scan import scan, show_treatment
 from charkha.cli.terminal import (
     JsonOption,
     error_record,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from charkha.data.templates import ChatTemplate
     from charkha.data.tokenizer import Tokenizer
 
-app = new_app(help="Inspects, prepares and previews training data.", no_args_is_help=True)
+app = new_app(help="Inspects, prepares, scans and previews training data.", no_args_is_help=True)
+app.command()(scan)
 
 TrainOn = Literal["responses", "all"]
 FilesArgument = Annotated[list[Path], typer.Argument(help="Data files.", show_default=False)]
@@ -190,6 +192,12 @@ def prepare(
     ] = "0",
     seed: Annotated[int, typer.Option(help="Decides which rows are held out.")] = 42,
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Leave out exact repetitions.")] = False,
+    personal: Annotated[
+        str,
+        typer.Option(
+            help="Personal data: report counts it, mask writes stand-ins such as <PAN_1>, drop leaves rows out."
+        ),
+    ] = "report",
     as_json: JsonOption = False,
 ) -> None:
     """Turns files of any supported format into one JSON Lines file. Nothing is written while a row is bad.
@@ -208,11 +216,18 @@ def prepare(
             eval_=eval_,
             seed=seed,
             deduplicate=deduplicate,
+            personal=_personal(personal),
         )
         record = asdict(done) | {"train_path": str(done.train_path), "eval_path": _text(done.eval_path)}
         return record | {"files": [asdict(file.report()) for file in done.files]}
 
     run_command(work, _show_prepared, as_json)
+
+
+def _personal(word: str) -> Literal["report", "mask", "drop"]:
+    if word == "report" or word == "mask" or word == "drop":
+        return word  # type: ignore[return-value, unused-ignore]
+    raise UsageError(f"--personal {word!r} is not known", remedy="use report, mask or drop")
 
 
 def _text(path: Path | None) -> str | None:
@@ -225,6 +240,8 @@ def _show_prepared(result: dict[str, Any]) -> None:
     if result["eval_path"]:
         table.add_row(result["eval_path"], str(result["eval_rows"]))
     stdout_console().print(table)
+    if result["personal"]["findings"]:
+        show_treatment(result["personal"])
     if result["duplicates"]:
         left_out = "left out" if result["duplicates_removed"] else "kept; --deduplicate leaves them out"
         note(f"exact repetitions: {result['duplicates']} ({left_out})")

@@ -11,7 +11,7 @@ _BASE36 = {letter: value for value, letter in enumerate(_ALPHABET)}
 
 
 def _dihedral_product(a: int, b: int) -> int:
-    """a * b in the dihedral group D5, whose elements are 0-4 (turns) and 5-9 (mirrored turns)."""
+    """A * b in the dihedral group D5, whose elements are 0-4 (turns) and 5-9 (mirrored turns)."""
     if a < 5:
         return (a + b) % 5 if b < 5 else 5 + (a + b - 5) % 5
     return 5 + (a - 5 - b) % 5 if b < 5 else (a - b) % 5
@@ -98,4 +98,6 @@ def _is_issued(digits: str) -> bool:
 
 
 def _discover_or_jcb(four: int) -> bool:
-    return 6440 <= four <= 6499 or 3528 <= four <= 3589 or four in (5018, 5020, 5038, 5893, 6304, 6759, 6761, 6762, 6763)
+    return (
+        6440 <= four <= 6499 or 3528 <= four <= 3589 or four in (5018, 5020, 5038, 5893, 6304, 6759, 6761, 6762, 6763)
+    )

@@ -1,9 +1,9 @@
 """Personal data and secrets in a text: where, of which kind, how sure.
 
-Aadhaar, PAN and other Indian numbers, phone, card and bank numbers, addresses, dates of birth, and keys. Numbers with a
-check digit are checked; the others need the words around them. Digits of Indic scripts, spaces, hyphens, dots and
-invisible characters inside are seen through. Not covered: names, postal addresses, numbers spelt in words, numbers with a
-mistyped check digit, and what stands in pictures.
+Aadhaar, PAN and other Indian numbers, phone, card and bank numbers, addresses, dates of birth, and keys. Numbers with
+a check digit are checked; the others need the words around them. Digits of Indic scripts, spaces, hyphens, dots and
+invisible characters inside are seen through. Not covered: names, postal addresses, numbers spelt in words, numbers
+with a mistyped check digit, and what stands in pictures.
 """
 
 from __future__ import annotations

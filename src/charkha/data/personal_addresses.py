@@ -26,17 +26,19 @@ _NOBODYS = re.compile(
 )
 _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "py", "html"})
 # Handles of UPI apps and banks in use; other handles count where the words around name UPI.
-_HANDLES = frozenset(
-    "abfspay airtel airtelpaymentsbank allbank andb apb apl aubank axis axisb axisbank axisgo axl barodampay barodapay "
-    "birla boi bpunity cbin cboi centralbank citi citigold cmsidfc cnrb csbpay dbs dcb denabank dlb equitas eazypay "
-    "ezeepay fam fbl federal finobank freecharge goaxb hdfcbank hdfcbankjd hsbc ibl icici icicibank icicipay idbi idbibank "
-    "idfb idfcbank idfcfirst idfcnetc ikwik imobile indbank indianbank indus indusind iob jio jkb jsb jupiteraxis karb "
-    "karurvysyabank kaypay kbl kmb kmbl kotak kvb lime lvb mahb mairtel myicici naviaxis nsdl obc okaxis okbizaxis "
-    "okhdfcbank okicici oksbi omni paytm payzapp pingpay pnb pockets postbank ptaxis pthdfc ptsbi ptyes psb pytm rajgovhdfc "
-    "rbl rmhdfcbank s2b sbi sc scb shriramhdfcbank sib slice srcb superyes syndbank tapicici timecosmos tjsb uboi uco "
-    "unionbank unionbankofindia united upi utbi utkarshbank vijb waaxis wahdfcbank waicici wasbi yapl ybl yesbank yespay "
-    "yesbankltd yesg yespop zoicici".split()
+_HANDLES_TEXT = (
+    "abfspay airtel airtelpaymentsbank allbank andb apb apl aubank axis axisb axisbank axisgo axl barodampay "
+    "barodapay birla boi bpunity cbin cboi centralbank citi citigold cmsidfc cnrb csbpay dbs dcb denabank dlb "
+    "equitas eazypay ezeepay fam fbl federal finobank freecharge goaxb hdfcbank hdfcbankjd hsbc ibl icici "
+    "icicibank icicipay idbi idbibank idfb idfcbank idfcfirst idfcnetc ikwik imobile indbank indianbank indus "
+    "indusind iob jio jkb jsb jupiteraxis karb karurvysyabank kaypay kbl kmb kmbl kotak kvb lime lvb mahb "
+    "mairtel myicici naviaxis nsdl obc okaxis okbizaxis okhdfcbank okicici oksbi omni paytm payzapp pingpay pnb "
+    "pockets postbank ptaxis pthdfc ptsbi ptyes psb pytm rajgovhdfc rbl rmhdfcbank s2b sbi sc scb "
+    "shriramhdfcbank sib slice srcb superyes syndbank tapicici timecosmos tjsb uboi uco unionbank "
+    "unionbankofindia united upi utbi utkarshbank vijb waaxis wahdfcbank waicici wasbi yapl ybl yesbank yespay "
+    "yesbankltd yesg yespop zoicici"
 )
+_HANDLES = frozenset(_HANDLES_TEXT.split())
 _ABHA_HANDLES = frozenset({"abdm", "sbx", "ndhm"})
 
 _IPV4 = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}")
@@ -44,10 +46,25 @@ _IPV6 = re.compile(r"(?<![A-Za-z0-9:.])[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{0,4}){2,7
 _VERSION_BEFORE = re.compile(r"(?:\b[vV]|version|release|build|==|>=|[\w.-]@)\s*$")
 
 _BIRTH = re.compile(
-    r"d\.?\s?o\.?\s?b\b\.?|date[ _]?of[ _]?birth|birth[ _-]?(?:date|day)|\bborn\b|जन्म|பிறந்த|জন্ম|పుట్టిన|ಜನ್ಮ|ಹುಟ್ಟಿದ|ജനന|જન્મ|"
-    r"ਜਨਮ|ଜନ୍ମ"
+    r"d\.?\s?o\.?\s?b\b\.?|date[ _]?of[ _]?birth|birth[ _-]?(?:date|day)|\bborn\b|जन्म|பிறந்த|জন্ম|పుట్టిన|ಜನ್ಮ|"
+    r"ಹುಟ್ಟಿದ|ജനന|જન્મ|ਜਨਮ|ଜନ୍ମ"
 )
-_BIRTH_HINTS = ("birth", "born", "dob", "d.o", "जन्म", "பிறந்த", "জন্ম", "పుట్టిన", "ಜನ್ಮ", "ಹುಟ್ಟಿದ", "ജനന", "જન્મ", "ਜਨਮ", "ଜନ୍ମ", "d o b")
+_BIRTH_HINTS = (
+    "birth",
+    "born",
+    "dob",
+    "d.o",
+    "जन्म",
+    "பிறந்த",
+    "জন্ম",
+    "పుట్టిన",
+    "ಜನ್ಮ",
+    "ಹುಟ್ಟಿದ",
+    "ജനന",
+    "જન્મ",
+    "ਜਨਮ",
+    "ଜନ୍ମ",
+)
 _MONTHS = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|"
     "nov(?:ember)?|dec(?:ember)?|जनवरी|फ़रवरी|फरवरी|मार्च|अप्रैल|मई|जून|जुलाई|अगस्त|सितंबर|सितम्बर|अक्टूबर|अक्तूबर|नवंबर|नवम्बर|"
@@ -55,9 +72,11 @@ _MONTHS = (
     "জানুয়ারি|জানুয়ারি|ফেব্রুয়ারি|ফেব্রুয়ারি|মার্চ|এপ্রিল|মে|জুন|জুলাই|আগস্ট|সেপ্টেম্বর|অক্টোবর|নভেম্বর|ডিসেম্বর"
 )
 _DATE = re.compile(
-    r"(?<![0-9])(?:(?:0?[1-9]|[12][0-9]|3[01])(?P<s>[ ]?[./-][ ]?)(?:0?[1-9]|1[0-2])(?P=s)(?:(?:18|19|20)[0-9]{2}|[0-9]{2})"
+    r"(?<![0-9])(?:(?:0?[1-9]|[12][0-9]|3[01])(?P<s>[ ]?[./-][ ]?)(?:0?[1-9]|1[0-2])(?P=s)"
+    r"(?:(?:18|19|20)[0-9]{2}|[0-9]{2})"
     r"|(?:18|19|20)[0-9]{2}(?P<t>[./-])(?:0?[1-9]|1[0-2])(?P=t)(?:0?[1-9]|[12][0-9]|3[01])"
-    rf"|(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?[ ,.-]{{0,2}}(?:of )?(?:{_MONTHS})[ ,.'-]{{1,3}}(?:18|19|20)[0-9]{{2}}"
+    rf"|(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?[ ,.-]{{0,2}}(?:of )?(?:{_MONTHS})"
+    rf"[ ,.'-]{{1,3}}(?:18|19|20)[0-9]{{2}}"
     rf"|\b(?:{_MONTHS})[ .]{{1,2}}(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?,? (?:18|19|20)[0-9]{{2}})(?![0-9])",
 )
 # Between a word for birth and a date: the date is another event's.

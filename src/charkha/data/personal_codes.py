@@ -33,16 +33,19 @@ _CODE = re.compile(
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,30}")
 _BEFORE, _AFTER = 16, 26  # no code but an IBAN reaches further to either side of its four digits
 
-_STATES = frozenset(
-    "AN AP AR AS BR CH CG CT DD DL DN GA GJ HP HR JH JK KA KL LA LD MH ML MN MP MZ NL OD OR PB PY RJ SK TN TR TS TG UK "
-    "UA UP UT WB".split()
+_STATES_TEXT = (
+    "AN AP AR AS BR CH CG CT DD DL DN GA GJ HP HR JH JK KA KL LA LD MH ML MN MP MZ NL OD OR PB PY RJ SK TN TR TS "
+    "TG UK UA UP UT WB"
 )
+_STATES = frozenset(_STATES_TEXT.split())
 _HOLDERS = frozenset("ABCFGHJKLPT")  # fourth letter of a PAN
-_BANKS = frozenset(
-    "ABHY ABNA AIRP AUBL AXIS BARB BDBL BKID BOFA CBIN CITI CIUB CNRB CORP COSB CSBK DBSS DCBL DEUT DLXB ESFB FDRL FINO "
-    "HDFC HSBC IBKL ICIC IDFB IDIB INDB IOBA IPOS JAKA JSFB KARB KKBK KVBL LAVB MAHB NKGS NSPB ORBC PSIB PUNB PYTM RATN "
-    "RBIS SBIN SCBL SIBL SRCB STBP SURY SVCB SYNB TMBL UBIN UCBA UJVN USFB UTBI UTIB VIJB YESB".split()
+_BANKS_TEXT = (
+    "ABHY ABNA AIRP AUBL AXIS BARB BDBL BKID BOFA CBIN CITI CIUB CNRB CORP COSB CSBK DBSS DCBL DEUT DLXB ESFB "
+    "FDRL FINO HDFC HSBC IBKL ICIC IDFB IDIB INDB IOBA IPOS JAKA JSFB KARB KKBK KVBL LAVB MAHB NKGS NSPB ORBC "
+    "PSIB PUNB PYTM RATN RBIS SBIN SCBL SIBL SRCB STBP SURY SVCB SYNB TMBL UBIN UCBA UJVN USFB UTBI UTIB VIJB "
+    "YESB"
 )
+_BANKS = frozenset(_BANKS_TEXT.split())
 _GST_STATES = frozenset(f"{number:02}" for number in range(1, 39)) | {"97", "99"}
 
 
@@ -59,11 +62,11 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
         if anchor.start() >= 4:
             yield from _ibans(text, max(0, anchor.start() - 16), seen)
     for zero in _ZERO_BEFORE_LETTER.finditer(text, 4):
-        match = _LETTER_IFSC.match(text, zero.start() - 4)
-        if match is not None and match.span() not in seen:
-            seen.add(match.span())
-            if (confidence := _ifsc(match[0], _says(labels, match, "ifsc"))) is not None:
-                yield Find("ifsc", *match.span(), confidence)
+        code = _LETTER_IFSC.match(text, zero.start() - 4)
+        if code is not None and code.span() not in seen:
+            seen.add(code.span())
+            if (confidence := _ifsc(code[0], _says(labels, code, "ifsc"))) is not None:
+                yield Find("ifsc", *code.span(), confidence)
 
 
 def _ibans(text: str, start: int, seen: set[tuple[int, int]]) -> Iterator[Find]:

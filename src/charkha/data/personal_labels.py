@@ -8,9 +8,7 @@ they begin, because endings are joined to them.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property
 
 from charkha.data.folding import lowered
 
@@ -41,13 +39,13 @@ _LATIN = {
     "ip_address": "ip ipv ipaddress ipaddr",
     OTHER: "order orders tracking track awb consignment shipment parcel courier docket ticket ref reference refno utr "
     "rrn txn txnid transaction transactions invoice receipt bill booking pnr sku isbn issn ean upc barcode serial "
-    "model part version build release ver case complaint request batch lot amount amt rs inr rupees rupee usd price "
-    "cost total sum balance bal salary population views timestamp epoch ts coupon promo voucher imei container gtin "
-    "hsn item product article doi page commit hash uuid guid row meter consumer challan ack acknowledgement roll "
-    "policy customer session trace checksum sha md lakh crore quantity qty width height size bytes seconds ms pixels "
-    "orderid ticketid requestid trackingid invoiceid timestampms created updated date code rank score count number_of "
-    "distance weight revenue budget loan paid pay fee fine premium invoiceno seq sequence lat lon latitude longitude "
-    "firmware api chapter section clause figure table equation revision iteration level step variant udyam cin llpin result equals answer digits",
+    "model part version build release ver case complaint request batch lot amount amt rs inr rupees rupee usd "
+    "price cost total sum balance bal salary population views timestamp epoch ts coupon promo voucher imei "
+    "container gtin hsn item product article doi page commit hash uuid guid row meter challan ack acknowledgement "
+    "roll policy trace checksum sha md lakh crore quantity qty width height size bytes seconds ms pixels orderid "
+    "ticketid requestid trackingid invoiceid created code rank score count distance weight revenue budget fee "
+    "fine premium invoiceno seq sequence lat lon latitude longitude firmware api chapter section clause figure "
+    "table equation revision iteration level step variant udyam cin llpin result equals",
     WEAK: "id ids",
 }
 _ENDINGS = ("", "no", "nos", "num", "number", "numbers", "id", "s")
@@ -67,8 +65,7 @@ _INDIC = {
     "tan": "टैन டான் ট্যান",
     "ifsc": "आईएफएससी ஐஎஃப்எஸ்சி আইএফএসসি",
     "upi": "यूपीआई யுபிஐ ইউপিআই భీమ్ యూపీఐ ಯುಪಿಐ",
-    "bank_account": "खाता खाते खात्या अकाउंट अकाउन्ट கணக்கு கணக்கில் அக்கவுண்ட் অ্যাকাউন্ট একাউন্ট হিসাব ఖాతా ಖಾತೆ "
-    "അക്കൗണ്ട് ખાતા ખાતું ਖਾਤਾ ଖାତା",
+    "bank_account": "खाता खाते खात्या अकाउंट अकाउन्ट கணக்கு கணக்கில் அக்கவுண்ட் অ্যাকাউন্ট একাউন্ট হিসাব ఖాతా ಖಾತೆ അക്കൗണ്ട് ખાતા ખાતું ਖਾਤਾ ଖାତା",
     "mobile": "मोबाइल मोबाईल फोन फ़ोन फ़ोन व्हाट्सएप व्हॉट्सअ‍ॅप कॉल संपर्क सम्पर्क கைபேசி மொபைல் தொலைபேசி ஃபோன் போன் "
     "அழை வாட்ஸ்அப் செல்பேசி தொடர்பு মোবাইল ফোন হোয়াটসঅ্যাপ কল যোগাযোগ మొబైల్ ఫోన్ ಮೊಬೈಲ್ ಫೋನ್ മൊബൈൽ ഫോൺ મોબાઇલ ફોન "
     "ਮੋਬਾਈਲ ਫ਼ੋਨ ਫੋਨ ମୋବାଇଲ ଫୋନ",
@@ -101,6 +98,7 @@ _BETWEEN = re.compile(
 )
 _FAR = 60  # characters over which a label still speaks for a number after it
 _FAR_BACK = 30  # and for one before it: `9876543210 is my mobile`
+_LONGEST = 20  # letters of a label word
 _TIE = 40  # longest text of filling words between a label and its number
 
 
@@ -122,49 +120,43 @@ class Meaning:
 
 
 class Labels:
-    """The label words of one text, found when first asked for."""
+    """The label words of one text; only those near a number are ever looked for."""
 
     def __init__(self, text: str) -> None:
         self.lower = lowered(text)
+        self._has_indic = not self.lower.isascii() and _NON_LATIN.search(self.lower) is not None
 
-    @cached_property
-    def _all(self) -> list[Label]:
+    def _between(self, start: int, end: int) -> list[Label]:
+        """Labels from start to end; both are moved out of the words they fall into."""
+        while start and self.lower[start - 1].isalpha():
+            start -= 1
         found = [
             Label(match.start(), match.end(), kind)
-            for match in _WORD.finditer(self.lower)
+            for match in _WORD.finditer(self.lower, start, end)
             if (kind := _LATIN_WORDS.get(match[0])) is not None
         ]
-        if not self.lower.isascii() and _NON_LATIN.search(self.lower):
+        if self._has_indic:
             found += [
                 Label(match.start(), match.end(), _INDIC_WORDS[match[0]])
-                for match in _INDIC_WORD.finditer(self.lower)
+                for match in _INDIC_WORD.finditer(self.lower, start, end)
                 if match.start() == 0 or not "\u0900" <= self.lower[match.start() - 1] <= "\u0dff"
             ]
             found.sort(key=lambda label: label.start)
         return found
 
-    @cached_property
-    def _ends(self) -> list[int]:
-        return [label.end for label in self._all]
-
     def meanings(self, start: int, end: int) -> list[Meaning]:
         """What the characters start to end may be, the most telling first: labels before them, nearest first, then one
         after them. A bare `id` counts only where no other label stands before.
         """
-        place = bisect_right(self._ends, start)
         weak: list[Meaning] = []
         found: list[Meaning] = []
-        for label in reversed(self._all[max(0, place - 6) : place]):
-            if start - label.end > _FAR:
-                break
+        for label in reversed(self._between(max(0, start - _FAR), start)):
             meaning = Meaning(label.kind, self._tied(label.end, start))
             (weak if label.kind == WEAK else found).append(meaning)
-        return found + self._after(place, end) + [meaning for meaning in weak if meaning.adjacent]
+        return found + self._after(end) + [meaning for meaning in weak if meaning.adjacent]
 
-    def _after(self, place: int, end: int) -> list[Meaning]:
-        for label in self._all[place : place + 3]:
-            if label.start < end:
-                continue
+    def _after(self, end: int) -> list[Meaning]:
+        for label in self._between(end, end + _FAR_BACK + _LONGEST)[:1]:
             between = self.lower[end : label.start]
             if len(between) > _FAR_BACK or any("0" <= letter <= "9" or letter in ";\n" for letter in between):
                 return []

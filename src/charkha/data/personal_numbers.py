@@ -1,4 +1,4 @@
-"""Identity and phone numbers that are digits only: Aadhaar, VID, cards, mobile, bank account, ABHA, UAN, CKYC, PIN code.
+"""Identity and phone numbers that are digits only: Aadhaar, VID, cards, mobile, bank account, ABHA, UAN, CKYC, PIN.
 
 Digits are gathered over spaces, hyphens and dots into stretches; every run of groups in a stretch that could be a
 number is judged by its check digit, by how it is printed, and by the words around it (`personal_labels`).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from charkha.data.check_digits import card_holds, verhoeff_holds
 from charkha.data.personal_finds import Confidence, Find
@@ -89,7 +90,7 @@ def _from(text: str, labels: Labels, groups: list[tuple[int, int]], first: int) 
 def _number(text: str, groups: list[tuple[int, int]], first: int, last: int) -> _Number | None:
     """The groups as one number; None where they are part of something larger."""
     chosen = groups[first : last + 1]
-    separators = tuple(text[a[1] : b[0]] for a, b in zip(chosen, chosen[1:], strict=False))
+    separators = tuple(text[a[1] : b[0]] for a, b in pairwise(chosen))
     shape = tuple(end - start for start, end in chosen)
     before = text[groups[first - 1][1] : chosen[0][0]] if first else ""
     after = text[chosen[-1][1] : groups[last + 1][0]] if last + 1 < len(groups) else ""
@@ -108,7 +109,9 @@ def _number(text: str, groups: list[tuple[int, int]], first: int, last: int) -> 
 def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
     if (found := _with_country_code(text, labels, number)) is not None:
         return found
-    if not _could_stand_alone(number) and not number.is_whole and len(number.shape) > 4:
+    if len(number.digits) in (7, 8) or (
+        len(number.shape) > 1 and not number.is_whole and not _could_stand_alone(number)
+    ):
         return None
     plain = _plain_verdict(number)
     grouped = plain is not None and plain[1] == "high"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from charkha.data.formats import ReadFile, raise_for_problems, read_rows
+from charkha.data.masking import Action, treat_rows
 from charkha.data.rows import Row, content_hash, row_as_record
 from charkha.errors import DataError, UsageError
 
@@ -115,6 +116,7 @@ class Prepared:
     eval_rows: int
     duplicates: int
     duplicates_removed: bool
+    personal: dict[str, object]  # what was found and done, without values
 
 
 def prepare_files(
@@ -126,25 +128,28 @@ def prepare_files(
     eval_: str | int | float = 0,
     seed: int = 42,
     deduplicate: bool = False,
+    personal: Action = "report",
 ) -> Prepared:
     """Reads files of any supported format and writes `out`, and `<out>.eval.jsonl` where rows are held out.
 
-    Raises DataError with every problem of every file before anything is written, UsageError where the files hold rows
+    `personal` says what is done about personal data: `mask` writes stand-ins, `drop` leaves rows out. Raises DataError
+    with every problem of every file before anything is written, UsageError where the files hold rows
     of different kinds, which one JSONL file cannot mix.
     """
     if out.suffix.lower() != ".jsonl":
         raise UsageError(f"the output must be named *.jsonl, not {out.name}", where=str(out))
     files = tuple(read_rows(path, format=format, mapping=mapping) for path in paths)
     raise_for_problems(files)
-    rows = tuple(row for file in files for row in file.rows)
     _refuse_mixture(files)
+    treatment = treat_rows([(str(file.path), file.rows) for file in files], personal)
+    rows = tuple(row for file in treatment.files for row in file.rows)
     duplicates = count_duplicates(rows)
     train, held_out = split_rows(without_duplicates(rows) if deduplicate else rows, eval_, seed)
     eval_path = out.with_name(out.stem + ".eval.jsonl") if held_out else None
     write_jsonl(train, out)
     if eval_path is not None:
         write_jsonl(held_out, eval_path)
-    return Prepared(files, out, len(train), eval_path, len(held_out), duplicates, deduplicate)
+    return Prepared(files, out, len(train), eval_path, len(held_out), duplicates, deduplicate, treatment.record())
 
 
 def _refuse_mixture(files: Sequence[ReadFile]) -> None:

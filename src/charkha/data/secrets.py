@@ -12,6 +12,9 @@ from collections.abc import Iterator
 
 from charkha.data.personal_finds import Find
 
+_PRIVATE_KEY = (
+    r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S]){1,20000}(?:-----END[A-Z ]*-----)?"
+)
 # literal that must be there -> what a whole secret looks like
 _ISSUED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (literal, re.compile(pattern))
@@ -38,7 +41,7 @@ _ISSUED: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("dckr_pat_", r"\bdckr_pat_[A-Za-z0-9_-]{20,}"),
         ("eyJ", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
         ("AccountKey=", r"AccountKey=[A-Za-z0-9+/]{40,}={0,2}"),
-        ("-----BEGIN", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S]){1,20000}(?:-----END[A-Z ]*-----)?"),
+        ("-----BEGIN", _PRIVATE_KEY),
         ("://", r"(?<=://)[^\s/:@\"'<>]{1,80}:[^\s/:@\"'<>]{3,200}(?=@[A-Za-z0-9])"),
     )
 )  # fmt: skip
@@ -48,9 +51,9 @@ _NAMES = ("pass", "pwd", "secret", "api", "access", "token", "bearer ", "पा�
 _LATIN_NAMES = _NAMES[:7]
 _REACH_BEFORE, _REACH_AFTER = 24, 180
 _NAMED = re.compile(
-    r"(?:pass(?:word|wd|code|phrase)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?key|access[_ -]?key|(?:auth|access|"
-    r"refresh|api|bearer)[_ -]?token|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)"
-    r"(?P<tie>[\"'`*]{0,3}\s{0,2}(?:[:=]|=>|is|hai|है|:-)\s{0,2}[\"'`*]{0,3}|\s{0,2}[:=]\s{0,2})(?P<value>[^\s\"'`,;<>|]{6,128})",
+    r"(?:pass(?:word|wd|code|phrase)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?key|access[_ -]?key|(?:auth|"
+    r"access|refresh|api|bearer)[_ -]?token|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)"
+    r"(?:[\"'`*\\]{0,3}\s{0,2}(?:[:=]|=>|is|hai|है|:-)\s{0,2}[\"'`*\\]{0,3})(?P<value>[^\s\"'`,;<>|]{6,128})",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\bbearer\s+(?P<value>[A-Za-z0-9._~+/-]{20,}=*)", re.IGNORECASE)

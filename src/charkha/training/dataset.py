@@ -22,6 +22,7 @@ from charkha.data.tokenize import encode_rows, end_ids
 from charkha.data.tokenizer import Tokenizer, load_tokenizer
 from charkha.errors import ConfigError, ConfigProblem, DataError, FileProblems, RunDamaged
 from charkha.store.durable import sha256_of_file, write_durably
+from charkha.training.personal_gate import decide_personal
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PreparedData:
     files: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     has_conversations: bool  # whether any row was rendered by the chat template
+    personal: dict[str, Any] | None = None  # what was found and decided; None in runs from before the scan
 
     @property
     def fingerprint(self) -> str:
@@ -66,6 +68,7 @@ class PreparedData:
             "template": None if template is None else {"source": template.source, "text": template.text},
             "notes": list(self.notes),
             "has_conversations": self.has_conversations,
+            "personal": self.personal,
         }
 
 
@@ -90,8 +93,10 @@ def prepare_data(
     read = [_read(Path(source.path), config, source.map) for source in sources]
     read_held_out = [_read(held_out, config, {})] if held_out else []
     raise_for_problems([*read, *read_held_out])
-    train_rows, eval_rows, notes = _split(config, read, read_held_out)
-    everything = [*read, *read_held_out]
+    decided = decide_personal([*read, *read_held_out], config.data, is_stated="data.personal" in loaded.keys_set)
+    everything = decided.files
+    train_rows, eval_rows, notes = _split(config, everything[: len(read)], everything[len(read) :])
+    notes += decided.notes
 
     def encode(rows: Sequence[Row], name: str) -> Shard | None:
         return _encode(rows, everything, name, folder, notes, config, tokenizer, template, max_length)
@@ -111,6 +116,7 @@ def prepare_data(
         ),
         notes=tuple(dict.fromkeys(_file_notes(everything) + notes)),
         has_conversations=any(isinstance(row, ChatRow) for row in train_rows),
+        personal=decided.record,
     )
 
 
@@ -148,6 +154,7 @@ def _open(record: dict[str, Any], folder: Path, tokenizer: Tokenizer, template: 
         files=tuple(record["files"]),
         notes=tuple(record["notes"]),
         has_conversations=record["has_conversations"],
+        personal=record.get("personal"),
     )
 
 
