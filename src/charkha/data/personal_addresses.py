@@ -80,7 +80,7 @@ _DATE = re.compile(
     rf"|\b(?:{_MONTHS})[ .]{{1,2}}(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?,? (?:18|19|20)[0-9]{{2}})(?![0-9])",
 )
 # Between a word for birth and a date: the date is another event's.
-_OTHER_EVENT = re.compile(r"[.?!।]\s|\n\n|\bdied?\b|\bdeath\b|\s[-–—]\s|[0-9]{4}|married|joined")
+_OTHER_EVENT = re.compile(r"[.?!।]\s|\n\n|\bdied?\b|\bdeath\b|[0-9]{4}|married|joined")
 _DATE_REACH, _DATE_REACH_BACK = 60, 36
 
 
@@ -203,7 +203,7 @@ def _holds_any(text: str, words: tuple[str, ...]) -> bool:
 
 def _date_beside(lower: str, word: re.Match[str], taken: int) -> re.Match[str] | None:
     after = _DATE.search(lower, word.end(), word.end() + _DATE_REACH)
-    if after is not None and not _OTHER_EVENT.search(lower[word.end() : after.start()]):
+    if after is not None and not _OTHER_EVENT.search(lower[word.end() : after.start()].lstrip(" -–—:.\"'")):
         return after
     before = list(_DATE.finditer(lower, max(taken, word.start() - _DATE_REACH_BACK), word.start()))
     if before and not re.search(r"[.?!।;]\s|\n", lower[before[-1].end() : word.start()]):

@@ -59,7 +59,7 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
             if span not in seen and not text[span[1] : span[1] + 1].isalnum():
                 seen.add(span)
                 yield from _judge(match, labels)
-        if anchor.start() >= 4:
+        if anchor.start() >= 2:
             yield from _ibans(text, max(0, anchor.start() - 16), seen)
     for zero in _ZERO_BEFORE_LETTER.finditer(text, 4):
         code = _LETTER_IFSC.match(text, zero.start() - 4)
@@ -73,7 +73,7 @@ def _ibans(text: str, start: int, seen: set[tuple[int, int]]) -> Iterator[Find]:
     for match in _IBAN.finditer(text, start, start + 70):
         length = IBAN_LENGTHS.get(match[0][:2].upper())
         end = None if length is None else _after_letters(text, match.start(), length)
-        if end is None or (match.start(), end) in seen or text[end : end + 1].isalnum():
+        if end is None or end > match.end() or (match.start(), end) in seen or text[end : end + 1].isalnum():
             continue
         seen.add((match.start(), end))
         if iban_holds(text[match.start() : end].replace(" ", "").upper()):
@@ -102,9 +102,17 @@ def _says(labels: Labels, match: re.Match[str], kind: str) -> bool | None:
 def _judge(match: re.Match[str], labels: Labels) -> Iterator[Find]:
     name = str(match.lastgroup)
     kind = "vehicle" if name == "bh" else name
-    confidence = _VERDICTS[name](match[0], _says(labels, match, kind))
+    says = _says(labels, match, kind)
+    confidence = None if says is None and _is_part(match) else _VERDICTS[name](match[0], says)
     if confidence is not None:
         yield Find(kind, *match.span(), confidence)
+
+
+def _is_part(match: re.Match[str]) -> bool:
+    """Whether a hyphen joins the code to more letters or digits, as in a UUID or a part number."""
+    text, start, end = match.string, match.start(), match.end()
+    after = text[end : end + 1] in ("-", "_") and text[end + 1 : end + 2].isalnum()
+    return after or (start > 1 and text[start - 1] in "-_" and text[start - 2].isalnum())
 
 
 def _compact(code: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from charkha.data.folding import lowered
 
 OTHER = "other"
-WEAK = "id"  # `id` and `#` alone: something is numbered, but what?
+WEAK = "id"  # `id` or `code` alone: something is numbered, but what?
 
 _LATIN = {
     "aadhaar": "aadhaar aadhar adhaar adhar aadhaarcard aadharcard uidai uid",
@@ -43,10 +43,10 @@ _LATIN = {
     "price cost total sum balance bal salary population views timestamp epoch ts coupon promo voucher imei "
     "container gtin hsn item product article doi page commit hash uuid guid row meter challan ack acknowledgement "
     "roll policy trace checksum sha md lakh crore quantity qty width height size bytes seconds ms pixels orderid "
-    "ticketid requestid trackingid invoiceid created code rank score count distance weight revenue budget fee "
+    "ticketid requestid trackingid invoiceid created rank score count distance weight revenue budget fee "
     "fine premium invoiceno seq sequence lat lon latitude longitude firmware api chapter section clause figure "
     "table equation revision iteration level step variant udyam cin llpin result equals",
-    WEAK: "id ids",
+    WEAK: "id ids code",
 }
 _ENDINGS = ("", "no", "nos", "num", "number", "numbers", "id", "s")
 _LATIN_WORDS = {
@@ -94,7 +94,7 @@ _BETWEEN = re.compile(
     r"mera|meri|card|details?|ending|this|new|old|with|me|us|him|your|using|value|line|digit|string|following|address|"
     r"linked|as|under|by)(?![a-z])|नंबर|नम्बर|नं|संख्या|क्रमांक|है|हैं|हुं|का|की|के|पर|मेरा|कार्ड|एन|আমার|নম্বরে|নম্বর|নাম্বার|নং|"
     r"হল|হলো|এর|টি|কার্ড|সংখ্যা|எண்ணில்|எண்ணை|எண்|என்பது|எனது|என்|கார்டு|அட்டை|நம்பர்|உள்ள|ஐடி|आईडी|আইডি|पे|में|से|ను|"
-    r"నంబర్|సంఖ్య|ನಂಬರ್|ಸಂಖ್ಯೆ|നമ്പർ|નંબર|ਨੰਬਰ|ନମ୍ବର|[\u0bbe-\u0bcd\u093e-\u094d\u09be-\u09cd])*"
+    r"कोड|கோடு|கோடில்|குறியீடு|কোড|కోడ్|ಕೋಡ್|നമ്പറ്|पता|पहचान|पत्र|முகவரி|ঠিকানা|నంబర్|సంఖ్య|ನಂಬರ್|ಸಂಖ್ಯೆ|നമ്പർ|નંબર|ਨੰਬਰ|ନମ୍ବର|[\u0bbe-\u0bcd\u093e-\u094d\u09be-\u09cd])*"
 )
 _FAR = 60  # characters over which a label still speaks for a number after it
 _FAR_BACK = 30  # and for one before it: `9876543210 is my mobile`
@@ -117,6 +117,7 @@ class Meaning:
 
     kind: str
     adjacent: bool
+    distance: int  # characters between
 
 
 class Labels:
@@ -151,7 +152,7 @@ class Labels:
         weak: list[Meaning] = []
         found: list[Meaning] = []
         for label in reversed(self._between(max(0, start - _FAR), start)):
-            meaning = Meaning(label.kind, self._tied(label.end, start))
+            meaning = Meaning(label.kind, self._tied(label.end, start), start - label.end)
             (weak if label.kind == WEAK else found).append(meaning)
         return found + self._after(end) + [meaning for meaning in weak if meaning.adjacent]
 
@@ -161,7 +162,8 @@ class Labels:
             if len(between) > _FAR_BACK or any("0" <= letter <= "9" or letter in ";\n" for letter in between):
                 return []
             tied = self._tied(end, label.start) and "," not in between
-            return [Meaning(label.kind, tied)] if label.kind != OTHER or (tied and ":" not in between) else []
+            counts = label.kind != OTHER or (tied and ":" not in between)
+            return [Meaning(label.kind, tied, len(between))] if counts else []
         return []
 
     def _tied(self, start: int, end: int) -> bool:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from charkha.data.check_digits import card_holds, verhoeff_holds
 from charkha.data.personal_finds import Confidence, Find
-from charkha.data.personal_labels import OTHER, WEAK, Labels
+from charkha.data.personal_labels import OTHER, WEAK, Labels, Meaning
 
 _RUN = re.compile("[0-9]+")
 _SEPARATORS = frozenset(" \t\n\r.-()_")
@@ -22,6 +22,7 @@ _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
 _UNITS = re.compile(r"\s*(?:rupees|rs\b|/-|%|users|views|bytes|ms\b|km\b|people|रुपये|ரூபாய்|টাকা|°)", re.IGNORECASE)
 _MONEY = "₹$€£¥"
 _MOST_DIGITS, _FEWEST_DIGITS = 19, 6
+_PIN_CODE_REACH = 24  # six digits are seldom a PIN code: its label must be near
 _PLUS_MOST = 15  # digits after a plus, by E.164
 
 
@@ -127,19 +128,20 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
             continue
         if meaning.kind in _ONLY_LABELLED and not meaning.adjacent and grouped:
             break
-        if (confidence := _labelled_confidence(meaning.kind, meaning.adjacent, number)) is not None:
+        if (confidence := _labelled_confidence(meaning, number)) is not None:
             return Find(meaning.kind, number.start, number.end, confidence)
     if plain is None or glued or _is_inside_other(text, number):
         return None
     return Find(plain[0], number.start, number.end, plain[1])
 
 
-def _labelled_confidence(kind: str, adjacent: bool, number: _Number) -> Confidence | None:
-    if kind in _ONLY_LABELLED:
-        if not adjacent and (kind == "pin_code" or len(number.shape) > 1):
-            return None
-        return "high" if adjacent else "medium"
-    if not number.is_even and not adjacent:
+def _labelled_confidence(meaning: Meaning, number: _Number) -> Confidence | None:
+    if meaning.adjacent:
+        return "high"
+    if meaning.kind in _ONLY_LABELLED:
+        too_far = meaning.kind == "pin_code" and meaning.distance > _PIN_CODE_REACH
+        return None if too_far or len(number.shape) > 1 else "medium"
+    if not number.is_even:
         return "medium" if _could_stand_alone(number) else None
     return "high"
 
