@@ -13,7 +13,7 @@ PERSONAL_KINDS = {
     "upi": "UPI address",
     "bank_account": "bank account number",
     "mobile": "mobile number, ten digits from 6 to 9 on",
-    "phone": "phone number with another country's code",
+    "phone": "landline, or a number with another country's code",
     "epic": "voter id, EPIC (Luhn check digit)",
     "passport": "Indian passport number",
     "driving_licence": "Indian driving licence",

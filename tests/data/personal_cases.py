@@ -29,6 +29,7 @@ from personal_values import (
     letters,
     masked,
     mobile,
+    other_phone,
     pan,
     passport,
     public_ip,
@@ -93,6 +94,9 @@ KINDS: dict[str, tuple[Maker, dict[str, tuple[str, ...]], bool]] = {
         "hi": ("मोबाइल नंबर", "फोन नंबर", "फ़ोन", "व्हाट्सएप नंबर", "mobile no"),
         "ta": ("கைபேசி எண்", "மொபைல் எண்", "தொலைபேசி எண்", "போன் நம்பர்"),
         "bn": ("মোবাইল নম্বর", "ফোন নম্বর", "হোয়াটসঅ্যাপ নম্বর")}, True),
+    "phone": (other_phone, {
+        "en": ("phone", "telephone number", "landline"), "hi": ("फोन नंबर", "phone"), "ta": ("தொலைபேசி எண்",),
+        "bn": ("ফোন নম্বর",)}, False),
     "epic": (epic, {
         "en": ("voter ID", "EPIC number", "voter id card no"), "hi": ("मतदाता पहचान पत्र", "वोटर आईडी"),
         "ta": ("வாக்காளர் அடையாள எண்", "voter id"), "bn": ("ভোটার কার্ড নম্বর", "ভোটার আইডি")}, True),

@@ -120,6 +120,17 @@ def mobile(rng: random.Random) -> str:
     return rng.choice(forms)
 
 
+def other_phone(rng: random.Random) -> str:
+    """A landline with its area code, or a number of another country."""
+    return rng.choice(
+        [f"0{rng.choice(['22', '11', '33', '44'])}-{digits(rng, 8, '2345')}",
+         f"044 {digits(rng, 4, '234')} {digits(rng, 4)}",
+         f"+1 {digits(rng, 3, '23456')}-{digits(rng, 3, '23456')}-{digits(rng, 4)}",
+         f"+44 20 {digits(rng, 4, '78')} {digits(rng, 4)}",
+         f"+971 50 {digits(rng, 7)}", f"+65{digits(rng, 8, '89')}"]
+    )  # fmt: skip
+
+
 def epic(rng: random.Random) -> str:
     body = digits(rng, 6)
     return letters(rng, 3) + body + luhn_digit(body)

@@ -35,7 +35,7 @@ def test_the_labelled_set_is_large_and_holds_every_kind(figures):
     _, made, _ = figures
     assert sum(count for kind, count in made.items() if kind) >= 5000
     assert made[None] >= 5000
-    assert set(KINDS) == set(PERSONAL_KINDS) - {"phone"}
+    assert set(KINDS) == set(PERSONAL_KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,7 +59,7 @@ def test_check_digits_agree_with_python_stdnum():
     for kind, ours, theirs in (("gstin", gstin_holds, gstin.is_valid), ("iban", iban_holds, iban.is_valid)):
         for _ in range(200):
             value = KINDS[kind][0](rng).replace(" ", "")
-            spoilt = value[:-1] + ("A" if value[-1] != "A" else "B")
+            spoilt = value[:-1] + ("1" if value[-1] != "1" else "2")
             if value[:2] != "38" or kind != "gstin":  # python-stdnum does not know Ladakh's state code
                 assert ours(value) is theirs(value) is True
             assert ours(spoilt) is theirs(spoilt) is False

@@ -110,7 +110,7 @@ def _at(text: str, place: int) -> re.Match[str] | None:
 def _address(match: re.Match[str], labels: Labels) -> Find | None:
     name, _, domain = match[0].partition("@")
     start, end = match.start() + len(name) - len(name.lstrip("._%+-")), match.end()
-    if start == match.start() + len(name):
+    if start == match.start() + len(name) or name.lower() == "git":
         return None
     if "." in domain:
         return _email(domain, start, end)

@@ -56,7 +56,7 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
         start, end = max(0, anchor.start() - _BEFORE), anchor.end() + _AFTER
         for match in _CODE.finditer(text, start, end):
             span = match.span()
-            if span not in seen and not text[span[1] : span[1] + 1].isalnum():
+            if span not in seen and _ends_at(text, span[1]):
                 seen.add(span)
                 yield from _judge(match, labels)
         if anchor.start() >= 2:
@@ -73,11 +73,17 @@ def _ibans(text: str, start: int, seen: set[tuple[int, int]]) -> Iterator[Find]:
     for match in _IBAN.finditer(text, start, start + 70):
         length = IBAN_LENGTHS.get(match[0][:2].upper())
         end = None if length is None else _after_letters(text, match.start(), length)
-        if end is None or end > match.end() or (match.start(), end) in seen or text[end : end + 1].isalnum():
+        if end is None or end > match.end() or (match.start(), end) in seen or not _ends_at(text, end):
             continue
         seen.add((match.start(), end))
         if iban_holds(text[match.start() : end].replace(" ", "").upper()):
             yield Find("iban", match.start(), end, "high")
+
+
+def _ends_at(text: str, end: int) -> bool:
+    """Whether no Latin letter or digit follows; endings of Indic words may be joined to a code."""
+    after = text[end : end + 1]
+    return not (after.isascii() and after.isalnum())
 
 
 def _after_letters(text: str, start: int, count: int) -> int | None:
@@ -94,7 +100,7 @@ def _says(labels: Labels, match: re.Match[str], kind: str) -> bool | None:
     for meaning in labels.meanings(*match.span()):
         if meaning.kind == kind:
             return True
-        if meaning.kind in (OTHER, WEAK) and meaning.adjacent:
+        if meaning.kind in (OTHER, WEAK) and meaning.adjacent and not meaning.is_after:
             return False
     return None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from charkha.data.folding import lowered
 
 OTHER = "other"
+PLACE = "place"  # a town or state: the six digits right behind it are its PIN code
 WEAK = "id"  # `id` or `code` alone: something is numbered, but what?
 
 _LATIN = {
@@ -47,6 +48,11 @@ _LATIN = {
     "fine premium invoiceno seq sequence lat lon latitude longitude firmware api chapter section clause figure "
     "table equation revision iteration level step variant udyam cin llpin result equals",
     WEAK: "id ids code",
+    PLACE: "mumbai delhi bengaluru bangalore kolkata chennai hyderabad pune ahmedabad jaipur lucknow kanpur nagpur "
+    "indore thane bhopal patna vadodara ghaziabad ludhiana agra nashik faridabad meerut rajkot varanasi srinagar "
+    "ranchi howrah coimbatore vijayawada jodhpur madurai raipur kota guwahati chandigarh mysuru mysore gurgaon gurugram "
+    "noida kochi thiruvananthapuram trivandrum visakhapatnam surat maharashtra karnataka kerala gujarat rajasthan "
+    "punjab haryana bihar odisha assam telangana jharkhand uttarakhand goa tamilnadu nadu pradesh bengal chhattisgarh",
 }
 _ENDINGS = ("", "no", "nos", "num", "number", "numbers", "id", "s")
 _LATIN_WORDS = {
@@ -83,6 +89,7 @@ _INDIC = {
     "ஆர்டர் கண்காணிப்பு ட்ராக்கிங் விலைப்பட்டியல் தொகை ரூபாய் ரசீது குறிப்பு பரிவர்த்தனை டிக்கெட் புகார் பதிப்பு "
     "অর্ডার ট্র্যাকিং চালান টাকা পরিমাণ রসিদ রেফারেন্স লেনদেন টিকিট অভিযোগ সংস্করণ বিল কুপন कूपन கூப்பன்",
     WEAK: "आईडी ஐடி আইডি",
+    PLACE: "मुंबई दिल्ली बेंगलुरु कोलकाता चेन्नई हैदराबाद पुणे जयपुर लखनऊ पटना சென்னை மதுரை கோயம்புத்தூர் কলকাতা হাওড়া হাওড়া",
 }
 _INDIC_WORDS = {word: kind for kind, words in _INDIC.items() for word in words.split()}
 
@@ -118,6 +125,7 @@ class Meaning:
     kind: str
     adjacent: bool
     distance: int  # characters between
+    is_after: bool = False
 
 
 class Labels:
@@ -163,7 +171,7 @@ class Labels:
                 return []
             tied = self._tied(end, label.start) and "," not in between
             counts = label.kind != OTHER or (tied and ":" not in between)
-            return [Meaning(label.kind, tied, len(between))] if counts else []
+            return [Meaning(label.kind, tied, len(between), is_after=True)] if counts else []
         return []
 
     def _tied(self, start: int, end: int) -> bool:

@@ -13,13 +13,14 @@ from itertools import pairwise
 
 from charkha.data.check_digits import card_holds, verhoeff_holds
 from charkha.data.personal_finds import Confidence, Find
-from charkha.data.personal_labels import OTHER, WEAK, Labels, Meaning
+from charkha.data.personal_labels import OTHER, PLACE, WEAK, Labels, Meaning
 
 _RUN = re.compile("[0-9]+")
 _SEPARATORS = frozenset(" \t\n\r.-()_")
 _SIX_DIGITS = re.compile(r"[0-9](?:[ \t\n\r.()_-]{0,3}[0-9]){5}")
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 _UNITS = re.compile(r"\s*(?:rupees|rs\b|/-|%|users|views|bytes|ms\b|km\b|people|रुपये|ரூபாய்|টাকা|°)", re.IGNORECASE)
+_IFSC, _IFSC_REACH = re.compile(r"\b[A-Z]{4}0[A-Z0-9]{6}\b"), 48
 _MONEY = "₹$€£¥"
 _MOST_DIGITS, _FEWEST_DIGITS = 19, 6
 _PIN_CODE_REACH = 24  # six digits are seldom a PIN code: its label must be near
@@ -124,18 +125,25 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
             if meaning.adjacent or not grouped:
                 return None
             break
-        if (fits := _FITS.get(meaning.kind)) is None or not fits(number) or (glued and not meaning.adjacent):
+        kind = "pin_code" if meaning.kind == PLACE else meaning.kind
+        if kind == "mobile" and meaning.adjacent and _is_landline(number.digits):
+            return Find("phone", number.start, number.end, "high")
+        if (fits := _FITS.get(kind)) is None or not fits(number) or (glued and not meaning.adjacent):
             continue
         if meaning.kind in _ONLY_LABELLED and not meaning.adjacent and grouped:
             break
         if (confidence := _labelled_confidence(meaning, number)) is not None:
-            return Find(meaning.kind, number.start, number.end, confidence)
+            return Find(kind, number.start, number.end, confidence)
+    if plain is None and _is_beside_ifsc(text, number):
+        plain = ("bank_account", "medium")
     if plain is None or glued or _is_inside_other(text, number):
         return None
     return Find(plain[0], number.start, number.end, plain[1])
 
 
 def _labelled_confidence(meaning: Meaning, number: _Number) -> Confidence | None:
+    if meaning.kind == PLACE:
+        return "medium" if meaning.adjacent and not meaning.is_after else None
     if meaning.adjacent:
         return "high"
     if meaning.kind in _ONLY_LABELLED:
@@ -169,6 +177,16 @@ def _with_country_code(text: str, labels: Labels, number: _Number) -> Find | Non
 
 def _is_mobile(ten: str) -> bool:
     return len(ten) == 10 and ten[0] in "6789" and len(set(ten)) > 2 and not ten.endswith("000000")
+
+
+def _is_landline(digits: str) -> bool:
+    """Whether digits are an area code with its 0 and a subscriber's number."""
+    return digits[0] == "0" and digits[1] in "12345678" and 10 <= len(digits) <= 12 and not _is_mobile(digits[1:])
+
+
+def _is_beside_ifsc(text: str, number: _Number) -> bool:
+    near = text[max(0, number.start - _IFSC_REACH) : number.end + _IFSC_REACH]
+    return len(number.shape) == 1 and 9 <= len(number.digits) <= 18 and _IFSC.search(near) is not None
 
 
 def _national(digits: str) -> str:

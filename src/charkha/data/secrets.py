@@ -56,6 +56,12 @@ _NAMED = re.compile(
     r"(?:[\"'`*\\]{0,3}\s{0,2}(?:[:=]|=>|is|hai|है|:-)\s{0,2}[\"'`*\\]{0,3})(?P<value>[^\s\"'`,;<>|]{6,128})",
     re.IGNORECASE,
 )
+# Without a tie only what mixes letters, digits and signs, as passwords do.
+_UNTIED = re.compile(
+    r"(?:password|passcode|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)\s{1,2}[\"'`*]{0,3}"
+    r"(?P<value>(?=[^\s]*[0-9])(?=[^\s]*[A-Za-z])(?=[^\s]*[@#$%^&*!])[^\s\"'`,;<>|:=]{6,64})",
+    re.IGNORECASE,
+)
 _BEARER = re.compile(r"\bbearer\s+(?P<value>[A-Za-z0-9._~+/-]{20,}=*)", re.IGNORECASE)
 _STAND_INS = re.compile(
     r"^(?:[x*•.]+$|\$|\{|%|<|\[|\(|your|my[_-]|example|changeme|placeholder|none$|null$|true$|false$|os\.|env|process\.|"
@@ -83,7 +89,7 @@ def _named(text: str, lower: str, name: str) -> Iterator[Find]:
     """Values behind each place where the name stands: only there a pattern is tried."""
     place = lower.find(name)
     while place >= 0:
-        for pattern in (_NAMED, _BEARER):
+        for pattern in (_NAMED, _UNTIED, _BEARER):
             match = pattern.search(text, max(0, place - _REACH_BEFORE), place + _REACH_AFTER)
             if match is None or not match.start() <= place < match.start("value"):
                 continue
