@@ -13,6 +13,7 @@ from charkha.data.personal_finds import Confidence, Find
 from charkha.data.personal_labels import OTHER, WEAK, Labels
 
 _ANCHOR = re.compile("[0-9]{4,}")
+_LETTER, _LETTER_REACH = re.compile("[A-Za-z]"), 8  # every code has a letter at most so far before its four digits
 _LETTER_IFSC = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{4}0[A-Za-z0-9]{6}(?![A-Za-z0-9])")
 _ZERO_BEFORE_LETTER = re.compile("0[A-Za-z0-9]{0,2}[A-Za-z]")
 _S = "[ -]?"
@@ -53,6 +54,8 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
     """Every code of the folded text; they may overlap where one holds another, as a GSTIN holds a PAN."""
     seen: set[tuple[int, int]] = set()
     for anchor in _ANCHOR.finditer(text):
+        if _LETTER.search(text, max(0, anchor.start() - _LETTER_REACH), anchor.start()) is None:
+            continue
         start, end = max(0, anchor.start() - _BEFORE), anchor.end() + _AFTER
         for match in _CODE.finditer(text, start, end):
             span = match.span()

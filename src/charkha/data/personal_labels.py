@@ -8,6 +8,7 @@ they begin, because endings are joined to them.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from charkha.data.folding import lowered
@@ -49,10 +50,11 @@ _LATIN = {
     "table equation revision iteration level step variant udyam cin llpin result equals",
     WEAK: "id ids code",
     PLACE: "mumbai delhi bengaluru bangalore kolkata chennai hyderabad pune ahmedabad jaipur lucknow kanpur nagpur "
-    "indore thane bhopal patna vadodara ghaziabad ludhiana agra nashik faridabad meerut rajkot varanasi srinagar "
-    "ranchi howrah coimbatore vijayawada jodhpur madurai raipur kota guwahati chandigarh mysuru mysore gurgaon gurugram "
-    "noida kochi thiruvananthapuram trivandrum visakhapatnam surat maharashtra karnataka kerala gujarat rajasthan "
-    "punjab haryana bihar odisha assam telangana jharkhand uttarakhand goa tamilnadu nadu pradesh bengal chhattisgarh",
+    "indore thane bhopal patna vadodara ghaziabad ludhiana agra nashik faridabad meerut rajkot varanasi "
+    "srinagar ranchi howrah coimbatore vijayawada jodhpur madurai raipur kota guwahati chandigarh mysuru "
+    "mysore gurgaon gurugram noida kochi thiruvananthapuram trivandrum visakhapatnam surat maharashtra "
+    "karnataka kerala gujarat rajasthan punjab haryana bihar odisha assam telangana jharkhand uttarakhand goa "
+    "tamilnadu nadu pradesh bengal chhattisgarh",
 }
 _ENDINGS = ("", "no", "nos", "num", "number", "numbers", "id", "s")
 _LATIN_WORDS = {
@@ -106,6 +108,7 @@ _BETWEEN = re.compile(
 _FAR = 60  # characters over which a label still speaks for a number after it
 _FAR_BACK = 30  # and for one before it: `9876543210 is my mobile`
 _LONGEST = 20  # letters of a label word
+_FEW = 6
 _TIE = 40  # longest text of filling words between a label and its number
 
 
@@ -134,15 +137,30 @@ class Labels:
     def __init__(self, text: str) -> None:
         self.lower = lowered(text)
         self._has_indic = not self.lower.isascii() and _NON_LATIN.search(self.lower) is not None
+        self._asked = 0
+        self._all: list[Label] | None = None
+        self._starts: list[int] = []
 
     def _between(self, start: int, end: int) -> list[Label]:
-        """Labels from start to end; both are moved out of the words they fall into."""
+        """Labels from start to end. After a few questions the whole text is read once, which many then share."""
+        self._asked += 1
+        if self._asked > _FEW:
+            if self._all is None:
+                self._all = self._read(0, len(self.lower))
+                self._starts = [label.start for label in self._all]
+            first, last = bisect_left(self._starts, start), bisect_left(self._starts, end)
+            return [label for label in self._all[first:last] if label.end <= end]
+        return self._read(start, end)
+
+    def _read(self, start: int, end: int) -> list[Label]:
+        """Labels from start to end; a start within a word is moved before it."""
         while start and self.lower[start - 1].isalpha():
             start -= 1
         found = [
             Label(match.start(), match.end(), kind)
             for match in _WORD.finditer(self.lower, start, end)
             if (kind := _LATIN_WORDS.get(match[0])) is not None
+            and not self.lower[max(0, match.start() - 1) : match.start()].isdigit()  # letters of a hexadecimal number
         ]
         if self._has_indic:
             found += [

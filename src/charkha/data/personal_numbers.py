@@ -75,12 +75,16 @@ def _stretches(text: str, begin: int) -> Iterator[list[tuple[int, int]]]:
 
 def _from(text: str, labels: Labels, groups: list[tuple[int, int]], first: int) -> tuple[Find | None, int]:
     """The longest find that begins with group `first`, and the group after it."""
-    count, ends = 0, []
-    for last in range(first, len(groups)):
-        count += groups[last][1] - groups[last][0]
+    count = 0
+    shape: tuple[int, ...] = ()
+    ends: list[int] = []
+    for last in range(first, min(len(groups), first + _MOST_DIGITS)):
+        length = groups[last][1] - groups[last][0]
+        count, shape = count + length, (*shape, length)
         if count > _MOST_DIGITS:
             break
-        if count >= _FEWEST_DIGITS:
+        is_whole = first == 0 and last == len(groups) - 1
+        if count >= _FEWEST_DIGITS and count not in (7, 8) and (len(shape) == 1 or shape in _SHAPES or is_whole):
             ends.append(last)
     for last in reversed(ends):
         number = _number(text, groups, first, last)
@@ -111,9 +115,7 @@ def _number(text: str, groups: list[tuple[int, int]], first: int, last: int) -> 
 def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
     if (found := _with_country_code(text, labels, number)) is not None:
         return found
-    if len(number.digits) in (7, 8) or (
-        len(number.shape) > 1 and not number.is_whole and not _could_stand_alone(number)
-    ):
+    if len(number.shape) > 1 and not number.is_whole and not _could_stand_alone(number):
         return None
     plain = _plain_verdict(number)
     grouped = plain is not None and plain[1] == "high"
@@ -126,7 +128,7 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
                 return None
             break
         kind = "pin_code" if meaning.kind == PLACE else meaning.kind
-        if kind == "mobile" and meaning.adjacent and _is_landline(number.digits):
+        if kind == "mobile" and meaning.adjacent and (_is_landline(number.digits) or _is_written_abroad(number)):
             return Find("phone", number.start, number.end, "high")
         if (fits := _FITS.get(kind)) is None or not fits(number) or (glued and not meaning.adjacent):
             continue
@@ -184,6 +186,13 @@ def _is_landline(digits: str) -> bool:
     return digits[0] == "0" and digits[1] in "12345678" and 10 <= len(digits) <= 12 and not _is_mobile(digits[1:])
 
 
+def _is_written_abroad(number: _Number) -> bool:
+    """Whether ten digits are written as in North America (3-3-4 with hyphens or dots), or eleven as in Britain."""
+    if number.shape == (3, 3, 4):
+        return set(number.separators) <= {"-", "."} and number.digits[0] > "1" and number.digits[3] > "1"
+    return number.shape == (5, 3, 3) and number.digits.startswith("07")
+
+
 def _is_beside_ifsc(text: str, number: _Number) -> bool:
     near = text[max(0, number.start - _IFSC_REACH) : number.end + _IFSC_REACH]
     return len(number.shape) == 1 and 9 <= len(number.digits) <= 18 and _IFSC.search(near) is not None
@@ -231,7 +240,7 @@ _ONLY_LABELLED = frozenset({"bank_account", "uan", "ckyc", "abha", "esic", "pin_
 _MOBILE_SHAPES = frozenset(
     {(10,), (5, 5), (3, 3, 4), (4, 3, 3), (3, 4, 3), (11,), (1, 10), (1, 5, 5), (6, 5), (12,), (2, 10), (2, 5, 5)}
 )
-_SHAPES = _MOBILE_SHAPES | {(4, 4, 4), (4, 4, 4, 4), (16,), (15,), (4, 6, 5), (14,), (4, 6, 4), (2, 4, 4, 4)}
+_SHAPES = _MOBILE_SHAPES | {(4, 4, 4), (4, 4, 4, 4), (16,), (15,), (4, 6, 5), (14,), (4, 6, 4), (2, 4, 4, 4), (3, 3)}
 
 
 def _could_stand_alone(number: _Number) -> bool:
@@ -251,6 +260,8 @@ def _plain_verdict(number: _Number) -> tuple[str, Confidence] | None:
         return "vid", "medium"
     if shape == (2, 4, 4, 4) and number.separators[0] == "-":
         return "abha", "medium"
+    if _is_written_abroad(number):
+        return "phone", "medium"
     if shape in _MOBILE_SHAPES and _is_mobile(_national(digits)):
         return "mobile", "medium"
     if shape == (12,) and _fits_aadhaar(number) and not _is_date_and_time(digits):
@@ -274,6 +285,8 @@ def _is_glued(text: str, number: _Number) -> bool:
 
 
 def _is_in_uuid(text: str, number: _Number) -> bool:
+    if text[number.start - 1 : number.start] != "-" and text[number.end : number.end + 1] != "-":
+        return False
     near = _UUID.finditer(text, max(0, number.start - 36), number.end + 36)
     return any(match.start() < number.end and number.start < match.end() for match in near)
 

@@ -1,0 +1,85 @@
+"""What is done about personal data in rows: stand-ins that are stable, rows left out, and a record without values."""
+
+from __future__ import annotations
+
+import json
+
+from typer.testing import CliRunner
+
+from charkha.cli.data import app
+from charkha.data.formats import read_rows
+from charkha.data.masking import StandIns, treat_rows
+from charkha.data.personal import find_personal
+from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn
+
+
+def row(question: str, answer: str = "Noted.") -> ChatRow:
+    return ChatRow((Turn("user", question), Turn("assistant", answer, 1)), 3)
+
+
+def test_the_same_value_is_the_same_stand_in_however_it_is_written():
+    stand_ins = StandIns()
+    assert stand_ins.of("mobile", "+91 98765 43210") == stand_ins.of("mobile", "९८७६५४३२१०") == "<MOBILE_1>"
+    assert stand_ins.of("mobile", "9876543211") == "<MOBILE_2>"
+    assert stand_ins.of("pan", "abcpe1234f") == stand_ins.of("pan", "ABCPE 1234 F") == "<PAN_1>"
+    assert stand_ins.of("email", "A@b.in") == stand_ins.of("email", "a@b.in") == "<EMAIL_1>"
+    assert stand_ins.of("secret", "abc") != stand_ins.of("secret", "ABC")
+
+
+def test_masked_rows_keep_everything_else_and_the_numbers_run_through_all_files():
+    first = row("PAN ABCPE1234F, mail r@gmail.com", "PAN ABCPE1234F, got it")
+    done = treat_rows(
+        [("a", [first]), ("b", [PromptRow("PAN ABCPK1234F", "PAN ABCPE1234F", 9), TextRow("none")])], "mask"
+    )
+    (chat,), (pair, text) = done.files[0].rows, done.files[1].rows
+    assert [turn.content for turn in chat.turns] == ["PAN <PAN_1>, mail <EMAIL_1>", "PAN <PAN_1>, got it"]
+    assert (chat.line, chat.turns[1].weight) == (3, 1)
+    assert (pair.prompt, pair.completion, pair.line) == ("PAN <PAN_2>", "PAN <PAN_1>", 9)
+    assert text == TextRow("none")
+    assert (done.masked, done.counts) == (5, {"pan": 4, "email": 1})
+
+
+def test_a_masked_text_holds_no_find_any_more():
+    done = treat_rows(
+        [("a", [row("Aadhaar 2341 2341 2346, a/c no 12345678901 IFSC SBIN0001234, dob 1.2.1990")])], "mask"
+    )
+    assert find_personal(done.files[0].rows[0].turns[0].content) == ()
+
+
+def test_rows_are_left_out_or_left_alone():
+    rows = [row("PAN ABCPE1234F"), row("nothing")]
+    dropped = treat_rows([("a", rows)], "drop")
+    assert (dropped.files[0].rows, dropped.dropped_rows) == ((rows[1],), 1)
+    for action in ("report", "block"):
+        left = treat_rows([("a", rows)], action)
+        assert left.files[0].rows == tuple(rows)
+        assert left.record()["findings"] == 1
+
+
+def test_kinds_that_are_kept_are_no_finds():
+    done = treat_rows([("a", [row("PAN ABCPE1234F, IFSC SBIN0001234")])], "mask", ["ifsc"])
+    assert done.files[0].rows[0].turns[0].content == "PAN <PAN_1>, IFSC SBIN0001234"
+    assert done.record()["kept_kinds"] == ["ifsc"]
+
+
+def test_the_record_holds_counts_and_no_value():
+    record = treat_rows([("a", [row("PAN ABCPE1234F and abcpe1234k")])], "mask").record()
+    assert record["files"][0]["counts"] == {"pan": {"high": 2, "medium": 0}}
+    assert "1234" not in json.dumps(record)
+
+
+def test_prepare_masks_and_drops(tmp_path):
+    source, out = tmp_path / "a.csv", tmp_path / "out.jsonl"
+    source.write_text("prompt,completion\nMy PAN is ABCPE1234F,ok\nhi,hello\n")
+
+    def prepare(*words: str):
+        return CliRunner().invoke(app, ["prepare", str(source), "-o", str(out), *words])
+
+    masked = json.loads(prepare("--personal", "mask", "--json").stdout)
+    assert [row.prompt for row in read_rows(out).rows] == ["My PAN is <PAN_1>", "hi"]
+    assert masked["personal"]["masked"] == 1
+    assert "1 pan (1 rows left out)" in prepare("--personal", "drop").stderr
+    assert [row.prompt for row in read_rows(out).rows] == ["hi"]
+    assert "ABCPE1234F" not in prepare().output
+    assert read_rows(out).rows[0].prompt == "My PAN is ABCPE1234F"
+    assert prepare("--personal", "burn").exit_code == 2
