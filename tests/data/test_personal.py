@@ -93,6 +93,10 @@ def test_addresses_of_reserved_domains_are_told_but_do_not_block():
     assert not find_personal("IFSC SBIN0001234")[0].blocks
 
 
+def test_the_birth_of_nobody_who_lives_is_told_but_does_not_block():
+    assert [find.blocks for text in ("DOB 5.3.1880", "DOB 5.3.1980") for find in find_personal(text)] == [False, True]
+
+
 def test_finds_do_not_overlap_and_a_gstin_is_not_also_a_pan():
     assert found("GSTIN 27AAPFU0939F1ZV") == [("gstin", "27AAPFU0939F1ZV")]
     assert found("postgres://ravi:pa55word9@db.host.in/x")[0] == ("secret", "ravi:pa55word9")

@@ -79,6 +79,7 @@ _DATE = re.compile(
     rf"[ ,.'-]{{1,3}}(?:18|19|20)[0-9]{{2}}"
     rf"|\b(?:{_MONTHS})[ .]{{1,2}}(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?,? (?:18|19|20)[0-9]{{2}})(?![0-9])",
 )
+_LONG_AGO = re.compile(r"1[89]0[0-9]|18[0-9]{2}|191[0-9]")  # hardly anybody's who lives
 # Between a word for birth and a date: the date is another event's.
 _OTHER_EVENT = re.compile(r"[.?!।]\s|\n\n|\bdied?\b|\bdeath\b|[0-9]{4}|married|joined")
 _DATE_REACH, _DATE_REACH_BACK = 60, 36
@@ -188,7 +189,8 @@ def find_births(text: str, lower: str) -> Iterator[Find]:
     taken = 0
     for word in _BIRTH.finditer(lower):
         if (found := _date_beside(lower, word, taken)) is not None:
-            confidence: Confidence = "medium" if word[0] == "born" else "high"
+            sure = word[0] != "born" and not _LONG_AGO.search(found[0])
+            confidence: Confidence = "high" if sure else "medium"
             yield Find("date_of_birth", *found.span(), confidence)
             taken = found.end()
 

@@ -128,7 +128,7 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
                 return None
             break
         kind = "pin_code" if meaning.kind == PLACE else meaning.kind
-        if kind == "mobile" and meaning.adjacent and (_is_landline(number.digits) or _is_written_abroad(number)):
+        if kind == "mobile" and _is_other_phone(number, meaning.adjacent):
             return Find("phone", number.start, number.end, "high")
         if (fits := _FITS.get(kind)) is None or not fits(number) or (glued and not meaning.adjacent):
             continue
@@ -184,6 +184,10 @@ def _is_mobile(ten: str) -> bool:
 def _is_landline(digits: str) -> bool:
     """Whether digits are an area code with its 0 and a subscriber's number."""
     return digits[0] == "0" and digits[1] in "12345678" and 10 <= len(digits) <= 12 and not _is_mobile(digits[1:])
+
+
+def _is_other_phone(number: _Number, adjacent: bool) -> bool:
+    return _is_written_abroad(number) or (adjacent and _is_landline(number.digits))
 
 
 def _is_written_abroad(number: _Number) -> bool:
@@ -285,7 +289,8 @@ def _is_glued(text: str, number: _Number) -> bool:
 
 
 def _is_in_uuid(text: str, number: _Number) -> bool:
-    if text[number.start - 1 : number.start] != "-" and text[number.end : number.end + 1] != "-":
+    beside = text[max(0, number.start - 1) : number.start] + text[number.end : number.end + 1]
+    if "-" not in beside and not any(letter.isalnum() for letter in beside):
         return False
     near = _UUID.finditer(text, max(0, number.start - 36), number.end + 36)
     return any(match.start() < number.end and number.start < match.end() for match in near)

@@ -63,6 +63,9 @@ _UNTIED = re.compile(
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"\bbearer\s+(?P<value>[A-Za-z0-9._~+/-]{20,}=*)", re.IGNORECASE)
+# A password made up on the spot, or shown as one that might be, opens nothing yet.
+_INVENTED = re.compile(r"generat|random|example|for instance|such as|e\.g\.|sample|dummy", re.IGNORECASE)
+_INVENTED_REACH = 80
 _STAND_INS = re.compile(
     r"^(?:[x*•.]+$|\$|\{|%|<|\[|\(|your|my[_-]|example|changeme|placeholder|none$|null$|true$|false$|os\.|env|process\.|"
     r"self\.|config|request|input|getpass|str$|string|undefined|hash|encrypt|https?:|(?:password|passwd|pass|pwd|secret|user(?:name)?)$)",
@@ -95,7 +98,9 @@ def _named(text: str, lower: str, name: str) -> Iterator[Find]:
                 continue
             value = match["value"].rstrip(".)]}*!?।")
             if _looks_secret(value):
-                yield Find("secret", match.start("value"), match.start("value") + len(value), "high")
+                invented = _INVENTED.search(text, max(0, match.start() - _INVENTED_REACH), match.start("value"))
+                start = match.start("value")
+                yield Find("secret", start, start + len(value), "medium" if invented else "high")
         place = lower.find(name, place + len(name))
 
 

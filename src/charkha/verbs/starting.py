@@ -103,6 +103,7 @@ data:
   max_length: auto         # tokens
   overlong: error          # error | drop | split | truncate: what happens to longer rows, always told
   train_on: responses      # responses | all
+  personal: block          # personal data in the rows: block (refuse to train) | report | mask | drop
 training:
   epochs: 3
   learning_rate: {rate}
