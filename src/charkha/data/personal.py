@@ -35,7 +35,7 @@ def find_personal(text: str) -> tuple[Find, ...]:
 
 def _all_finds(text: str) -> Iterator[Find]:
     labels = Labels(text)
-    if "@" in text or "at]" in text or "at)" in text:
+    if "@" in text or "%40" in text or "at]" in text or "at)" in text:
         yield from find_addresses(text, labels)
     if _DIGIT.search(text):
         yield from find_codes(text, labels)

@@ -13,6 +13,9 @@ _AT = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?)"
     r"(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?)*"
 )
+_ENCODED_AT = re.compile(
+    r"(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]{1,64}%40[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,}"
+)
 _AT_REACH_BEFORE, _AT_REACH_AFTER = 70, 260
 _SPELT_AT = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{2,64} ?[\[({] ?at ?[\])}] ?[A-Za-z0-9-]{2,63}"
@@ -72,11 +75,12 @@ _MONTHS = (
     "জানুয়ারি|জানুয়ারি|ফেব্রুয়ারি|ফেব্রুয়ারি|মার্চ|এপ্রিল|মে|জুন|জুলাই|আগস্ট|সেপ্টেম্বর|অক্টোবর|নভেম্বর|ডিসেম্বর"
 )
 _DATE = re.compile(
-    r"(?<![0-9])(?:(?:0?[1-9]|[12][0-9]|3[01])(?P<s>[ ]?[./-][ ]?)(?:0?[1-9]|1[0-2])(?P=s)"
+    r"(?<![0-9])(?:(?:0?[1-9]|[12][0-9]|3[01])(?P<s>[ ]?[./-][ ]?|[ ])(?:0?[1-9]|1[0-2])(?P=s)"
     r"(?:(?:18|19|20)[0-9]{2}|[0-9]{2})"
     r"|(?:18|19|20)[0-9]{2}(?P<t>[./-])(?:0?[1-9]|1[0-2])(?P=t)(?:0?[1-9]|[12][0-9]|3[01])"
     rf"|(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?[ ,.-]{{0,2}}(?:of )?(?:{_MONTHS})"
-    rf"[ ,.'-]{{1,3}}(?:18|19|20)[0-9]{{2}}"
+    rf"(?:[ ,.-]{{1,3}}(?:18|19|20)[0-9]{{2}}|[ ]?'[0-9]{{2}})"
+    r"|(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
     rf"|\b(?:{_MONTHS})[ .]{{1,2}}(?:0?[1-9]|[12][0-9]|3[01])(?:st|nd|rd|th)?,? (?:18|19|20)[0-9]{{2}})(?![0-9])",
 )
 _LONG_AGO = re.compile(r"1[89]0[0-9]|18[0-9]{2}|191[0-9]")  # hardly anybody's who lives
@@ -93,6 +97,9 @@ def find_addresses(text: str, labels: Labels) -> Iterator[Find]:
         if match is not None and (found := _address(match, labels)) is not None:
             yield found
         place = text.find("@", place + 1)
+    if "%40" in text:
+        for match in _ENCODED_AT.finditer(text):
+            yield Find("email", *match.span(), "high")
     if "at]" in text or "at)" in text or "at }" in text or "at )" in text or "AT]" in text:
         for match in _SPELT_AT.finditer(text):
             yield Find("email", *match.span(), "medium")

@@ -19,7 +19,7 @@ _ZERO_BEFORE_LETTER = re.compile("0[A-Za-z0-9]{0,2}[A-Za-z]")
 _S = "[ -]?"
 # Escapes such as a written-out newline end in a letter, which is no part of the code behind it.
 _CODE = re.compile(
-    rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=\b[Pp][Aa][Nn])|(?<=\b[Gg][Ss][Tt][Ii][Nn]))(?:"
     rf"(?P<gstin>[0-9]{{2}}{_S}[A-Za-z]{{5}}{_S}[0-9]{{4}}{_S}[A-Za-z]{_S}[0-9A-Za-z]{_S}[A-Za-z]{_S}[0-9A-Za-z])"
     rf"|(?P<bh>[0-9]{{2}}{_S}[Bb][Hh]{_S}[0-9]{{4}}{_S}[A-Za-z]{{1,2}})"
     rf"|(?P<driving_licence>[A-Za-z]{{2}}[ /-]?[0-9]{{2}}[ /-]{{0,3}}(?:19|20)[0-9]{{2}}[ /-]{{0,3}}[0-9]{{7}})"
@@ -28,7 +28,7 @@ _CODE = re.compile(
     rf"|(?P<ifsc>[A-Za-z]{{4}}{_S}0[A-Za-z0-9]{{6}})"
     rf"|(?P<epic>[A-Za-z]{{3}}[ /-]?[0-9]{{7}})"
     rf"|(?P<passport>[A-Za-z]{_S}[1-9][0-9]{_S}[0-9]{{5}})"
-    rf"|(?P<vehicle>[A-Za-z]{{2}}{_S}[0-9]{{1,2}}{_S}[A-Za-z]{{0,3}}{_S}[0-9]{{4}})"
+    rf"|(?P<vehicle>[A-Za-z]{{2}}{_S}[0-9]{{1,2}}[A-Za-z]?{_S}[A-Za-z]{{0,3}}{_S}[0-9]{{4}})"
     rf")(?![A-Za-z0-9])"
 )
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,30}")
@@ -144,7 +144,7 @@ def _gstin(code: str, labelled: bool | None) -> Confidence | None:
 
 def _pan(code: str, labelled: bool | None) -> Confidence | None:
     compact = _compact(code)
-    if compact[3] not in _HOLDERS or compact[5:9] == "0000" or compact.count("X") > 3:
+    if compact[3] not in _HOLDERS or compact[5:9] == "0000" or compact.count("X") > 3 or len(set(compact[:5])) == 1:
         return None
     return _as_written(code, labelled, "high") if labelled or len(code) == 10 else None
 
@@ -156,7 +156,7 @@ def _tan(code: str, labelled: bool | None) -> Confidence | None:
 def _ifsc(code: str, labelled: bool | None) -> Confidence | None:
     if labelled is not None:
         return "high" if labelled else None
-    return "high" if len(code) == 11 and code == code.upper() and code[:4] in _BANKS else None
+    return _as_written(code, None, "high") if len(code) == 11 and code[:4].upper() in _BANKS else None
 
 
 def _epic(code: str, labelled: bool | None) -> Confidence | None:

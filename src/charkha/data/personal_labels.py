@@ -18,21 +18,21 @@ PLACE = "place"  # a town or state: the six digits right behind it are its PIN c
 WEAK = "id"  # `id` or `code` alone: something is numbered, but what?
 
 _LATIN = {
-    "aadhaar": "aadhaar aadhar adhaar adhar aadhaarcard aadharcard uidai uid",
+    "aadhaar": "aadhaar aadhar adhaar adhar addhar aadhr adhhar aadhaarcard aadharcard uidai uid",
     "vid": "vid virtual virtualid",
     "pan": "pan pancard permanentaccount",
     "gstin": "gstin gst",
     "tan": "tan",
     "ifsc": "ifsc ifsccode",
     "upi": "upi vpa gpay googlepay phonepe paytm bhim",
-    "bank_account": "account accounts acct acc a/c ac accno acno khata khaata savings iban",
-    "mobile": "mobile mobiles phone phones tel telephone cell cellphone whatsapp mob ph call called calling contact "
-    "sms dial ring reach helpline fon msisdn ping wa.me landline callback",
+    "bank_account": "account accounts acct acc acount accnt accnum a/c ac accno acno khata khaata savings iban",
+    "mobile": "mobile mobiles mobil moblie phone phones phn fone tel telephone cell cellphone whatsapp mob ph call "
+    "called calling contact sms dial ring reach helpline fax office residence fon msisdn ping wa.me landline callback",
     "epic": "epic voter voterid elector electoral",
     "passport": "passport passports",
     "driving_licence": "licence license dl driving drivers",
     "vehicle": "vehicle car bike scooter truck registration regn rc plate registered gaadi gadi van auto",
-    "abha": "abha abdm healthid ndhm",
+    "abha": "abha abdm health healthid ndhm",
     "ckyc": "ckyc kin ckycr",
     "uan": "uan epf epfo pf",
     "esic": "esic esi insurance",
@@ -57,10 +57,26 @@ _LATIN = {
     "tamilnadu nadu pradesh bengal chhattisgarh",
 }
 _ENDINGS = ("", "no", "nos", "num", "number", "numbers", "id", "s")
+_OWNERS = (
+    "",
+    "customer",
+    "user",
+    "my",
+    "alt",
+    "primary",
+    "registered",
+    "bank",
+    "home",
+    "emergency",
+    "nominee",
+    "beneficiary",
+)
 _LATIN_WORDS = {
-    word + ending: kind
+    owner + word + ending: kind
+    for owner in reversed(_OWNERS)
     for ending in reversed(_ENDINGS)
     for kind, words in reversed(_LATIN.items())
+    if not owner or kind in ("aadhaar", "pan", "bank_account", "mobile", "upi", "ifsc", "card")
     for word in words.split()
     if word + ending not in ("cars", "pans", "tans", "pins", "acs", "rings", "autos", "parts", "sums", "posts")
 }

@@ -19,10 +19,13 @@ _RUN = re.compile("[0-9]+")
 _SEPARATORS = frozenset(" \t\n\r.-()_")
 _SIX_DIGITS = re.compile(r"[0-9](?:[ \t\n\r.()_-]{0,3}[0-9]){5}")
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
-_UNITS = re.compile(r"\s*(?:rupees|rs\b|/-|%|users|views|bytes|ms\b|km\b|people|रुपये|ரூபாய்|টাকা|°)", re.IGNORECASE)
-_IFSC, _IFSC_REACH = re.compile(r"\b[A-Z]{4}0[A-Z0-9]{6}\b"), 48
+_UNITS = re.compile(
+    r"\s*(?:rupees|rs\b|/-|%|users|views|units|pieces|pcs|bytes|ms\b|km\b|people|रुपये|ரூபாய்|টাকা|°)", re.IGNORECASE
+)
+_IFSC, _IFSC_REACH = re.compile(r"\b[A-Za-z]{4}0[A-Za-z0-9]{6}\b"), 48
 _MONEY = "₹$€£¥"
 _MOST_DIGITS, _FEWEST_DIGITS = 19, 6
+_OTHER_REACH = 24  # an order or an amount speaks for a number after other words only if it is near
 _PIN_CODE_REACH = 24  # six digits are seldom a PIN code: its label must be near
 _PLUS_MOST = 15  # digits after a plus, by E.164
 
@@ -124,7 +127,11 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
     glued = _is_glued(text, number)
     for meaning in labels.meanings(number.start, number.end):
         if meaning.kind in (OTHER, WEAK):
-            if meaning.adjacent or not grouped:
+            if meaning.adjacent:
+                return None
+            if meaning.distance > _OTHER_REACH or "\n" in text[number.start - meaning.distance : number.start]:
+                continue
+            if not grouped:
                 return None
             break
         kind = "pin_code" if meaning.kind == PLACE else meaning.kind
@@ -181,13 +188,16 @@ def _is_mobile(ten: str) -> bool:
     return len(ten) == 10 and ten[0] in "6789" and len(set(ten)) > 2 and not ten.endswith("000000")
 
 
-def _is_landline(digits: str) -> bool:
+def _is_landline(number: _Number) -> bool:
     """Whether digits are an area code with its 0 and a subscriber's number."""
-    return digits[0] == "0" and digits[1] in "12345678" and 10 <= len(digits) <= 12 and not _is_mobile(digits[1:])
+    digits = number.digits
+    if digits[0] != "0" or digits[1] not in "12345678" or not 10 <= len(digits) <= 12:
+        return False
+    return 3 <= number.shape[0] <= 5 or not _is_mobile(digits[1:])
 
 
 def _is_other_phone(number: _Number, adjacent: bool) -> bool:
-    return _is_written_abroad(number) or (adjacent and _is_landline(number.digits))
+    return _is_written_abroad(number) or (adjacent and _is_landline(number))
 
 
 def _is_written_abroad(number: _Number) -> bool:
@@ -302,8 +312,8 @@ def _is_arithmetic(text: str, number: _Number) -> bool:
         return True
     if number.shape == (5, 5) and (number.digits[3:5] == "00" or number.digits[8:] == "00"):
         return True
-    return bool(re.match(r"\s*[=×*/^<>]\s*[$<0-9]", text[number.end : number.end + 6])) or bool(
-        re.search(r"[=×÷*/^<>+]\s*$", text[max(0, number.start - 4) : number.start])
+    return bool(re.match(r"\s*(?:[=×÷^]|[*/+]\s*[$(0-9])", text[number.end : number.end + 6])) or bool(
+        re.search(r"(?:[=×÷^]|[0-9)]\s*[*/+])\s*$", text[max(0, number.start - 4) : number.start])
     )
 
 

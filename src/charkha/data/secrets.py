@@ -51,8 +51,8 @@ _NAMES = ("pass", "pwd", "secret", "api", "access", "token", "bearer ", "पा�
 _LATIN_NAMES = _NAMES[:7]
 _REACH_BEFORE, _REACH_AFTER = 24, 180
 _NAMED = re.compile(
-    r"(?:pass(?:word|wd|code|phrase)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?key|access[_ -]?key|(?:auth|"
-    r"access|refresh|api|bearer)[_ -]?token|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)"
+    r"(?:\bpass(?:word|wd|code|phrase)?|password|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?key|"
+    r"access[_ -]?key|(?:auth|access|refresh|api|bearer)[_ -]?token|पासवर्ड|கடவுச்சொல்|পাসওয়ার্ড|পাসওয়ার্ড)"
     r"(?:[\"'`*\\]{0,3}\s{0,2}(?:[:=]|=>|is|hai|है|:-)\s{0,2}[\"'`*\\]{0,3})(?P<value>[^\s\"'`,;<>|]{6,128})",
     re.IGNORECASE,
 )
