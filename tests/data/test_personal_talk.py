@@ -1,4 +1,4 @@
-"""What people write to a help desk, by hand and in many hands: mixed languages, tables, JSON, addresses of pages, codes.
+"""What people write to a help desk, by hand and in many tongues: mixed languages, tables, JSON, web addresses, codes.
 
 Every text of personal_talk.jsonl holds exactly the kinds that stand beside it. All values are made up.
 """

@@ -129,8 +129,8 @@ def _address(match: re.Match[str], labels: Labels) -> Find | None:
         return None
     if handle in _HANDLES:
         return Find("upi", start, end, "high")
-    near = labels.meanings(start, end)
-    return Find("upi", start, end, "medium") if near and near[0].kind == "upi" else None
+    near = labels.nearest(start, end)
+    return Find("upi", start, end, "medium") if near and near.kind == "upi" else None
 
 
 def _email(domain: str, start: int, end: int) -> Find | None:
@@ -169,11 +169,11 @@ def _ipv4(text: str, match: re.Match[str], labels: Labels) -> Confidence | None:
         return None
     if _VERSION_BEFORE.search(text, max(0, match.start() - 24), match.start()):
         return None
-    near = labels.meanings(*match.span())
-    if near and near[0].kind == "ip_address":
+    near = labels.nearest(*match.span())
+    if near and near.kind == "ip_address":
         return "high"
     is_numbering = all(int(octet) < 30 for octet in octets) or octets[-1] == "0"
-    if is_numbering or (near and near[0].kind == OTHER and near[0].adjacent):
+    if is_numbering or (near and near.kind == OTHER and near.adjacent):
         return None
     return "medium"
 

@@ -54,7 +54,7 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
     """Every code of the folded text; they may overlap where one holds another, as a GSTIN holds a PAN."""
     seen: set[tuple[int, int]] = set()
     for anchor in _ANCHOR.finditer(text):
-        if _LETTER.search(text, max(0, anchor.start() - _LETTER_REACH), anchor.start()) is None:
+        if not _may_belong(text, anchor.start()):
             continue
         start, end = max(0, anchor.start() - _BEFORE), anchor.end() + _AFTER
         for match in _CODE.finditer(text, start, end):
@@ -70,6 +70,15 @@ def find_codes(text: str, labels: Labels) -> Iterator[Find]:
             seen.add(code.span())
             if (confidence := _ifsc(code[0], _says(labels, code, "ifsc"))) is not None:
                 yield Find("ifsc", *code.span(), confidence)
+
+
+def _may_belong(text: str, place: int) -> bool:
+    """Whether digits at `place` may be part of a code: a letter is near, and no ordinary word stands right before."""
+    if text[place - 1 : place] in (" ", "-") and place > 4:
+        word = text[place - 5 : place - 1]
+        if word.isalpha() and word.islower():
+            return False
+    return _LETTER.search(text, max(0, place - _LETTER_REACH), place) is not None
 
 
 def _ibans(text: str, start: int, seen: set[tuple[int, int]]) -> Iterator[Find]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from charkha.data.folding import lowered
@@ -187,16 +188,23 @@ class Labels:
             found.sort(key=lambda label: label.start)
         return found
 
-    def meanings(self, start: int, end: int) -> list[Meaning]:
+    def meanings(self, start: int, end: int) -> Iterator[Meaning]:
         """What the characters start to end may be, the most telling first: labels before them, nearest first, then one
-        after them. A bare `id` counts only where no other label stands before.
+        after them, looked for only when asked on. A bare `id` counts only where nothing else does.
         """
         weak: list[Meaning] = []
-        found: list[Meaning] = []
         for label in reversed(self._between(max(0, start - _FAR), start)):
             meaning = Meaning(label.kind, self._tied(label.end, start), start - label.end)
-            (weak if label.kind == WEAK else found).append(meaning)
-        return found + self._after(end) + [meaning for meaning in weak if meaning.adjacent]
+            if label.kind == WEAK:
+                weak.append(meaning)
+            else:
+                yield meaning
+        yield from self._after(end)
+        yield from (meaning for meaning in weak if meaning.adjacent)
+
+    def nearest(self, start: int, end: int) -> Meaning | None:
+        """The most telling of the meanings."""
+        return next(self.meanings(start, end), None)
 
     def _after(self, end: int) -> list[Meaning]:
         for label in self._between(end, end + _FAR_BACK + _LONGEST)[:1]:

@@ -177,7 +177,7 @@ def _with_country_code(text: str, labels: Labels, number: _Number) -> Find | Non
         return Find("mobile", plus, number.end, "high") if _is_mobile(rest) else None
     if number.digits[0] == "0" or not 10 <= len(number.digits) <= 13 or len(number.shape) > 6:
         return None
-    meanings = labels.meanings(plus, number.end)
+    meanings = list(labels.meanings(plus, number.end))
     if meanings and meanings[0].kind == OTHER and meanings[0].adjacent:
         return None
     sure = len(number.shape) > 1 or any(meaning.kind == "mobile" for meaning in meanings)
