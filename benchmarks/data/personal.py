@@ -37,6 +37,11 @@ PROSE = {
     "ta": "இராட்டை சன்னல் அருகே இருந்தது, அவள் நாள் முழுவதும் ஒன்றும் பேசாமல் அதில் வேலை செய்தாள். ",
     "bn": "চরকাটি জানালার পাশে ছিল, আর সে সারা দুপুর কোনো কথা না বলে কাজ করে গেল, যতক্ষণ না দিন শেষ হল। ",
 }
+HELP_DESK = (
+    "Hello, I am writing about the card that I got last month from your Pune branch.",
+    "Please look into this as soon as you can, I have been waiting since Monday.",
+    "The app shows an error when I try to pay my bill and nobody answers.",
+)
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     arguments = parser.parse_args()
     speeds = {name: round(megabytes_a_second(texts), 2) for name, texts in corpora().items()}
-    print("\n".join(f"{name:<28}{speed:8.1f} MB/s" for name, speed in speeds.items()))
+    print("\n".join(f"{name:<36}{speed:8.1f} MB/s" for name, speed in speeds.items()))
     kinds = figures()
     print(
         "\n".join(
@@ -81,6 +86,8 @@ def corpora() -> dict[str, list[str]]:
         found[f"prose {language}"] = [sentence * 8] * (2_000_000 // len((sentence * 8).encode()))
     chats = [" ".join(rng.choice(list(PROSE.values())) for _ in range(4)) + case for case in cases]
     found["chats, half with a find"] = chats
+    english = [" ".join(rng.choices(HELP_DESK, k=2)) + " " + case for case in cases]
+    found["English chats, each with a number"] = english
     found["starter rows"] = train_file().read_text(encoding="utf-8").splitlines() * 6
     found["rows of numbers"] = [
         ",".join(str(rng.randint(1, 10 ** rng.randint(1, 9))) for _ in range(40)) for _ in range(6000)

@@ -17,10 +17,11 @@ _LETTER, _LETTER_REACH = re.compile("[A-Za-z]"), 8  # every code has a letter at
 _LETTER_IFSC = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{4}0[A-Za-z0-9]{6}(?![A-Za-z0-9])")
 _ZERO_BEFORE_LETTER = re.compile("0[A-Za-z0-9]{0,2}[A-Za-z]")
 _S = "[ -]?"
-# Escapes such as a written-out newline end in a letter, which is no part of the code behind it.
-_CODE = re.compile(
-    rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=\b[Pp][Aa][Nn])|(?<=\b[Gg][Ss][Tt][Ii][Nn]))(?:"
-    rf"(?P<gstin>[0-9]{{2}}{_S}[A-Za-z]{{5}}{_S}[0-9]{{4}}{_S}[A-Za-z]{_S}[0-9A-Za-z]{_S}[A-Za-z]{_S}[0-9A-Za-z])"
+_FREE = "(?<![A-Za-z0-9])"
+# Letters right before a code that are no part of it: a written-out newline ends in one, and labels may be glued to it.
+_GLUED = rf"(?:{_FREE}|(?<=\\[nrt])|(?<=\b[Pp][Aa][Nn])|(?<=\b[Gg][Ss][Tt][Ii][Nn]))"
+_FORMS = (
+    rf"(?:(?P<gstin>[0-9]{{2}}{_S}[A-Za-z]{{5}}{_S}[0-9]{{4}}{_S}[A-Za-z]{_S}[0-9A-Za-z]{_S}[A-Za-z]{_S}[0-9A-Za-z])"
     rf"|(?P<bh>[0-9]{{2}}{_S}[Bb][Hh]{_S}[0-9]{{4}}{_S}[A-Za-z]{{1,2}})"
     rf"|(?P<driving_licence>[A-Za-z]{{2}}[ /-]?[0-9]{{2}}[ /-]{{0,3}}(?:19|20)[0-9]{{2}}[ /-]{{0,3}}[0-9]{{7}})"
     rf"|(?P<pan>[A-Za-z]{{3}}{_S}[A-Za-z]{{2}}{_S}[0-9]{{4}}{_S}[A-Za-z])"
@@ -31,8 +32,9 @@ _CODE = re.compile(
     rf"|(?P<vehicle>[A-Za-z]{{2}}{_S}[0-9]{{1,2}}[A-Za-z]?{_S}[A-Za-z]{{0,3}}{_S}[0-9]{{4}})"
     rf")(?![A-Za-z0-9])"
 )
+_CODE, _CODE_GLUED = re.compile(_FREE + _FORMS), re.compile(_GLUED + _FORMS)
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?: ?[A-Za-z0-9]){11,30}")
-_BEFORE, _AFTER = 16, 26  # no code but an IBAN reaches further to either side of its four digits
+_BEFORE, _AFTER = 16, 12  # no code but an IBAN reaches further to either side of its digits
 
 _STATES_TEXT = (
     "AN AP AR AS BR CH CG CT DD DL DN GA GJ HP HR JH JK KA KL LA LD MH ML MN MP MZ NL OD OR PB PY RJ SK TN TR TS "
@@ -53,11 +55,13 @@ _GST_STATES = frozenset(f"{number:02}" for number in range(1, 39)) | {"97", "99"
 def find_codes(text: str, labels: Labels) -> Iterator[Find]:
     """Every code of the folded text; they may overlap where one holds another, as a GSTIN holds a PAN."""
     seen: set[tuple[int, int]] = set()
+    may_be_glued = "\\" in text or "pan" in labels.lower or "gstin" in labels.lower
+    pattern = _CODE_GLUED if may_be_glued else _CODE
     for anchor in _ANCHOR.finditer(text):
         if not _may_belong(text, anchor.start()):
             continue
         start, end = max(0, anchor.start() - _BEFORE), anchor.end() + _AFTER
-        for match in _CODE.finditer(text, start, end):
+        for match in pattern.finditer(text, start, end):
             span = match.span()
             if span not in seen and _ends_at(text, span[1]):
                 seen.add(span)
