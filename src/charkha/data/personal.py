@@ -26,6 +26,8 @@ _DIGIT = re.compile("[0-9]")
 
 def find_personal(text: str) -> tuple[Find, ...]:
     """Every find, left to right, none overlapping; start and end count characters of `text` as it is given."""
+    if text.isascii():
+        return _without_overlap(list(_all_finds(text)))
     folded = fold(text)
     found = _without_overlap(list(_all_finds(folded.text)))
     if folded.cuts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from charkha.data.folding import lowered
 
@@ -129,8 +129,7 @@ _FEW = 6
 _TIE = 40  # longest text of filling words between a label and its number
 
 
-@dataclass(frozen=True, slots=True)
-class Label:
+class Label(NamedTuple):
     """One label word and what it names."""
 
     start: int
@@ -138,8 +137,7 @@ class Label:
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
+class Meaning(NamedTuple):
     """What the words around a number say it is. `adjacent`: nothing but filling words stands between."""
 
     kind: str

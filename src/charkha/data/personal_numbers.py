@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from charkha.data.check_digits import card_holds, verhoeff_holds
 from charkha.data.personal_finds import Confidence, Find
@@ -30,9 +30,8 @@ _PIN_CODE_REACH = 24  # six digits are seldom a PIN code: its label must be near
 _PLUS_MOST = 15  # digits after a plus, by E.164
 
 
-@dataclass(frozen=True, slots=True)
-class _Number:
-    """Neighbouring groups of digits that may be one number."""
+class _Number(NamedTuple):
+    """Neighbouring groups of digits that may be one number. A tuple: thousands are made for a page of figures."""
 
     start: int
     end: int
@@ -44,7 +43,7 @@ class _Number:
     @property
     def is_even(self) -> bool:
         """Whether one and the same single space, hyphen or dot stands between all groups."""
-        return len(set(self.separators)) <= 1 and all(part in (" ", "-", ".", "\n") for part in self.separators)
+        return len(self.shape) == 1 or (len(set(self.separators)) == 1 and self.separators[0] in (" ", "-", ".", "\n"))
 
 
 def find_numbers(text: str, labels: Labels) -> Iterator[Find]:
@@ -98,6 +97,9 @@ def _from(text: str, labels: Labels, groups: list[tuple[int, int]], first: int) 
 
 def _number(text: str, groups: list[tuple[int, int]], first: int, last: int) -> _Number | None:
     """The groups as one number; None where they are part of something larger."""
+    if len(groups) == 1:
+        start, end = groups[0]
+        return _Number(start, end, text[start:end], (end - start,), (), True)
     chosen = groups[first : last + 1]
     separators = tuple(text[a[1] : b[0]] for a, b in pairwise(chosen))
     shape = tuple(end - start for start, end in chosen)
