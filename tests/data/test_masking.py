@@ -83,3 +83,14 @@ def test_prepare_masks_and_drops(tmp_path):
     assert "ABCPE1234F" not in prepare().output
     assert read_rows(out).rows[0].prompt == "My PAN is ABCPE1234F"
     assert prepare("--personal", "burn").exit_code == 2
+
+
+def test_prepare_reports_what_was_found_and_done(tmp_path):
+    source, report = tmp_path / "a.csv", tmp_path / "report.md"
+    source.write_text("prompt,completion\nMy PAN is ABCPE1234F,ok\nhi,hello\n")
+    words = ["prepare", str(source), "-o", str(tmp_path / "out.jsonl"), "--personal", "drop", "--report", str(report)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    text = report.read_text()
+    assert "1 rows that hold such data were left out" in text
+    assert "| 2 | prompt | 10-20 | pan | high |" in text
+    assert "ABCPE1234F" not in text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
 
 from charkha.data.personal import find_personal
+from charkha.personal_kinds import PERSONAL_KINDS
 
 AADHAAR = "2341 2341 2346"  # made up; its check digit holds
 
@@ -24,7 +26,12 @@ def found(text: str) -> list[tuple[str, str]]:
     ],
 )  # fmt: skip
 def test_a_number_is_found_however_it_is_written_and_its_place_is_the_writers(written):
-    for text in (f"Aadhaar {written}", f"मेरा आधार नंबर {written} है", f"aadhaar no.{written}\nok"):
+    for text in (
+        f"Aadhaar {written}",
+        f"aadhaar{written} linked",
+        f"मेरा आधार नंबर {written} है",
+        f"aadhaar no.{written}\nok",
+    ):
         assert found(text) == [("aadhaar", written)]
 
 
@@ -105,6 +112,22 @@ def test_finds_do_not_overlap_and_a_gstin_is_not_also_a_pan():
 def test_values_inside_json_text_and_beside_escapes_are_found():
     text = '{\\"aadhaar\\": \\"234123412346\\"}\\n9876543210 mobile'
     assert found(text) == [("aadhaar", "234123412346"), ("mobile", "9876543210")]
+
+
+def test_any_text_gives_finds_in_order_within_it_and_none_overlapping():
+    rng = random.Random(3)
+    pieces = [
+        "2341 2341 2346", "ABCPE1234F", "98765", "43210", "@", ".", "gmail.com", "okaxis", "-", "/", " ", "\n",
+        "+91", "(", ")", "आधार", "২৩৪", "\u200b", "\u200d", "\u0130", "\xdf", "\ud800", "\x00", "\uff14",
+        "password:", "=", "aA1#x9", "born", "15/08/1985", "GB82WEST12345698765432", "27AAPFU0939F1ZV", "eyJ",
+        "sk-", "://", "a:b", "HDFC0001234", "order", "id", "99.9.9.9", "\xb2", "௰",
+    ]  # fmt: skip
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 14)))
+        finds = find_personal(text)
+        places = [0, *(place for find in finds for place in (find.start, find.end)), len(text)]
+        assert places == sorted(places), text
+        assert all(find.start < find.end and find.kind in PERSONAL_KINDS for find in finds)
 
 
 HARD = (

@@ -42,6 +42,7 @@ def test_training_stops_with_the_places_and_no_value_until_it_is_decided(project
     assert not any(value in text for value in VALUES)
     assert [len(file.problems) for file in caught.value.files] == [2]
     assert not (made.run_folder() / "charkha.yaml").exists()
+    assert not (made.run_folder() / "data" / "personal_data.md").exists()
 
 
 def test_a_masked_run_trains_on_stand_ins_and_its_manifest_tells(project):
@@ -55,6 +56,9 @@ def test_a_masked_run_trains_on_stand_ins_and_its_manifest_tells(project):
     assert personal["counts"] == {"pan": 1, "aadhaar": 1}
     assert any("2 places masked" in event.get("text", "") for event in events)
     assert not any(value in json.dumps(manifest) for value in VALUES)
+    report = (made.run_folder() / "data" / "personal_data.md").read_text()
+    assert "2 places were replaced by typed stand-ins" in report
+    assert not any(value in report for value in VALUES)
     again, _ = made.train()
     assert again.status == "done"
 

@@ -198,6 +198,9 @@ def prepare(
             help="Personal data: report counts it, mask writes stand-ins such as <PAN_1>, drop leaves rows out."
         ),
     ] = "report",
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write what was found and done, without values: a .md file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turns files of any supported format into one JSON Lines file. Nothing is written while a row is bad.
@@ -217,6 +220,7 @@ def prepare(
             seed=seed,
             deduplicate=deduplicate,
             personal=_personal(personal),
+            personal_report=report,
         )
         record = asdict(done) | {"train_path": str(done.train_path), "eval_path": _text(done.eval_path)}
         return record | {"files": [asdict(file.report()) for file in done.files]}

@@ -86,7 +86,7 @@ def _record(result: ScanResult, report: Path | None) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in result.findings],
         "counts": result.counts,
         "blocking": sum(finding.blocks for finding in result.findings),
-        "duplicates": asdict(result.duplicates),
+        "duplicates": {"exact": None, "near": None} if result.duplicates is None else asdict(result.duplicates),
         "leakage": {"exact": None, "near": None} if result.leakage is None else asdict(result.leakage),
         "report": None if report is None else str(report),
     }

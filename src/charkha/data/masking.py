@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from charkha.data.folding import fold
+from charkha.data.formats import ReadFile
 from charkha.data.personal import DETECTORS_VERSION, find_personal
 from charkha.data.personal_finds import Find
 from charkha.data.rows import ChatRow, PromptRow, Row, TextRow
-from charkha.data.scan import Finding
+from charkha.data.scan import Finding, ScannedFile, ScanResult
+from charkha.data.scan_report import decision_sentence, markdown_report
 
 Action = Literal["report", "block", "mask", "drop"]
 
@@ -119,6 +123,23 @@ def treat_rows(files: Iterable[tuple[str, Sequence[Row]]], action: Action, kept_
             kept.append(row)
         treated.append(TreatedFile(path, tuple(kept), tuple(findings), found_in))
     return Treatment(action, tuple(kept_kinds), tuple(treated), masked, dropped)
+
+
+def treatment_report(treatment: Treatment, files: Sequence[ReadFile]) -> str:
+    """The Markdown report of what was found in the files and done about it, dated now. `files` as they were read."""
+    scanned = tuple(
+        ScannedFile(
+            file.report(),
+            hashlib.sha256(file.path.read_bytes()).hexdigest(),
+            sum(len(text) for row in file.rows for _, text in texts_of(row)),
+        )
+        for file in files
+    )
+    done = decision_sentence(treatment.action, treatment.masked, treatment.dropped_rows)
+    if treatment.kept_kinds:
+        done += f" Kinds that were left alone and not counted: {', '.join(treatment.kept_kinds)}."
+    result = ScanResult(scanned, treatment.findings, None, None)
+    return markdown_report(result, done, time.strftime("%Y-%m-%d %H:%M %z"))
 
 
 def _wanted(finds: tuple[Find, ...], kept_kinds: Sequence[str]) -> tuple[Find, ...]:

@@ -80,13 +80,18 @@ def _from(text: str, labels: Labels, groups: list[tuple[int, int]], first: int) 
     count = 0
     shape: tuple[int, ...] = ()
     ends: list[int] = []
+    begins = text[groups[first][0] - 1 : groups[first][0]] == "+"
     for last in range(first, min(len(groups), first + _MOST_DIGITS)):
         length = groups[last][1] - groups[last][0]
         count, shape = count + length, (*shape, length)
         if count > _MOST_DIGITS:
             break
         is_whole = first == 0 and last == len(groups) - 1
-        if count >= _FEWEST_DIGITS and count not in (7, 8) and (len(shape) == 1 or shape in _SHAPES or is_whole):
+        if (
+            count >= _FEWEST_DIGITS
+            and count not in (7, 8)
+            and (begins or len(shape) == 1 or shape in _SHAPES or is_whole)
+        ):
             ends.append(last)
     for last in reversed(ends):
         number = _number(text, groups, first, last)
@@ -126,6 +131,8 @@ def _judge(text: str, labels: Labels, number: _Number) -> Find | None:
     grouped = plain is not None and plain[1] == "high"
     if _is_in_uuid(text, number):
         return None
+    if len(number.shape) > 1 and _touches_letter(text, number.end):
+        return None  # the last group belongs to a code
     glued = _is_glued(text, number)
     for meaning in labels.meanings(number.start, number.end):
         if meaning.kind in (OTHER, WEAK):
@@ -257,6 +264,7 @@ _MOBILE_SHAPES = frozenset(
     {(10,), (5, 5), (3, 3, 4), (4, 3, 3), (3, 4, 3), (11,), (1, 10), (1, 5, 5), (6, 5), (12,), (2, 10), (2, 5, 5)}
 )
 _SHAPES = _MOBILE_SHAPES | {(4, 4, 4), (4, 4, 4, 4), (16,), (15,), (4, 6, 5), (14,), (4, 6, 4), (2, 4, 4, 4), (3, 3)}
+_SHAPES |= {(3, 8), (4, 7), (5, 6), (3, 4, 4)}  # landlines
 
 
 def _could_stand_alone(number: _Number) -> bool:
@@ -290,10 +298,15 @@ def _is_date_and_time(digits: str) -> bool:
     return digits[:2] == "20" and "01" <= digits[4:6] <= "12" and "01" <= digits[6:8] <= "31" and digits[8:10] < "24"
 
 
+def _touches_letter(text: str, end: int) -> bool:
+    after = text[end : end + 1]
+    return after.isascii() and after.isalpha()
+
+
 def _is_glued(text: str, number: _Number) -> bool:
     """Whether a Latin letter touches the digits; letters of an escape (a written-out newline) do not count."""
-    before, after = text[number.start - 1 : number.start], text[number.end : number.end + 1]
-    if after.isascii() and after.isalpha():
+    before = text[max(0, number.start - 1) : number.start]
+    if _touches_letter(text, number.end):
         return True
     if before == "_" or (before.isascii() and before.isalpha()):
         return text[max(0, number.start - 2) : number.start] not in ("\\n", "\\t", "\\r")

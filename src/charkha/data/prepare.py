@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from charkha.data.formats import ReadFile, raise_for_problems, read_rows
-from charkha.data.masking import Action, treat_rows
+from charkha.data.masking import Action, treat_rows, treatment_report
 from charkha.data.rows import Row, content_hash, row_as_record
 from charkha.errors import DataError, UsageError
 
@@ -129,10 +129,12 @@ def prepare_files(
     seed: int = 42,
     deduplicate: bool = False,
     personal: Action = "report",
+    personal_report: Path | None = None,
 ) -> Prepared:
     """Reads files of any supported format and writes `out`, and `<out>.eval.jsonl` where rows are held out.
 
-    `personal` says what is done about personal data: `mask` writes stand-ins, `drop` leaves rows out. Raises DataError
+    `personal` says what is done about personal data: `mask` writes stand-ins, `drop` leaves rows out;
+    `personal_report` is a Markdown file that tells what was found and done. Raises DataError
     with every problem of every file before anything is written, UsageError where the files hold rows
     of different kinds, which one JSONL file cannot mix.
     """
@@ -147,9 +149,18 @@ def prepare_files(
     train, held_out = split_rows(without_duplicates(rows) if deduplicate else rows, eval_, seed)
     eval_path = out.with_name(out.stem + ".eval.jsonl") if held_out else None
     write_jsonl(train, out)
+    if personal_report is not None:
+        _write_report(personal_report, treatment_report(treatment, files))
     if eval_path is not None:
         write_jsonl(held_out, eval_path)
     return Prepared(files, out, len(train), eval_path, len(held_out), duplicates, deduplicate, treatment.record())
+
+
+def _write_report(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UsageError(f"the report cannot be written: {error.strerror}", where=str(path)) from error
 
 
 def _refuse_mixture(files: Sequence[ReadFile]) -> None:

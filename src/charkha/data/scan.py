@@ -59,11 +59,13 @@ class Repetitions:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Everything found in some files. `leakage` counts rows that also stand in the files held against them."""
+    """Everything found in some files. `leakage` counts rows that also stand in the files held against them; None where
+    repetitions were not looked for.
+    """
 
     files: tuple[ScannedFile, ...]
     findings: tuple[Finding, ...]
-    duplicates: Repetitions
+    duplicates: Repetitions | None
     leakage: Repetitions | None
 
     @property

@@ -73,7 +73,9 @@ def decision_sentence(action: str | None, masked: int = 0, dropped_rows: int = 0
     if action == "drop":
         return f"{dropped_rows} rows that hold such data were left out."
     if action == "report":
-        return "The rows are used as they are; this was decided in the config (`data.personal: report`)."
+        return "The rows are used as they are (`report`)."
+    if action == "block":
+        return "The rows are used as they are (`block`): nothing was found that stops training by itself."
     return (
         "Nothing yet: the files were only scanned, and are unchanged. Training refuses finds of high confidence until "
         "`data.personal` is set to `mask`, `drop` or `report`; the decision is kept in the run's manifest.json. "
@@ -119,6 +121,8 @@ def _place_rows(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
 
 
 def _repetitions(result: ScanResult) -> str:
+    if result.duplicates is None:
+        return "Not looked for here; `charkha data scan` counts them."
     text = f"{result.duplicates.exact} rows repeat an earlier row exactly"
     if result.duplicates.near is not None:
         text += f", {result.duplicates.near} nearly"

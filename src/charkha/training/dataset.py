@@ -24,6 +24,8 @@ from charkha.errors import ConfigError, ConfigProblem, DataError, FileProblems, 
 from charkha.store.durable import sha256_of_file, write_durably
 from charkha.training.personal_gate import decide_personal
 
+PERSONAL_REPORT = "personal_data.md"  # in the run's data folder, where anything was found
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -94,6 +96,9 @@ def prepare_data(
     read_held_out = [_read(held_out, config, {})] if held_out else []
     raise_for_problems([*read, *read_held_out])
     decided = decide_personal([*read, *read_held_out], config.data, is_stated="data.personal" in loaded.keys_set)
+    if decided.report is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / PERSONAL_REPORT, decided.report.encode("utf-8", "backslashreplace"))
     everything = decided.files
     train_rows, eval_rows, notes = _split(config, everything[: len(read)], everything[len(read) :])
     notes += decided.notes

@@ -9,7 +9,7 @@ from typing import Any
 
 from charkha.config import DataSection
 from charkha.data.formats import ReadFile, problem_line
-from charkha.data.masking import Treatment, treat_rows
+from charkha.data.masking import Treatment, treat_rows, treatment_report
 from charkha.data.scan import Finding
 from charkha.errors import DataError, FileProblems, Problem
 
@@ -18,11 +18,12 @@ _SHOWN_PLACES = 10
 
 @dataclass(frozen=True)
 class Decided:
-    """The files as they go on, what manifest.json keeps, and what is said."""
+    """The files as they go on, what manifest.json keeps, what is said, and the report where anything was found."""
 
     files: list[ReadFile]
     record: dict[str, Any]
     notes: list[str]
+    report: str | None
 
 
 def decide_personal(files: Sequence[ReadFile], wish: DataSection, *, is_stated: bool) -> Decided:
@@ -36,7 +37,8 @@ def decide_personal(files: Sequence[ReadFile], wish: DataSection, *, is_stated: 
         _refuse(files, treatment)
     record = treatment.record() | {"stated": is_stated}
     treated = [replace(file, rows=done.rows) for file, done in zip(files, treatment.files, strict=True)]
-    return Decided(treated, record, _notes(treatment))
+    report = treatment_report(treatment, files) if treatment.findings else None
+    return Decided(treated, record, _notes(treatment), report)
 
 
 def _refuse(files: Sequence[ReadFile], treatment: Treatment) -> None:
