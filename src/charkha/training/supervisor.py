@@ -27,7 +27,7 @@ from charkha.units import format_seconds
 
 CRASHED = 1  # an exit code that is our bug, or the library's
 # What the worker's last `status` event may say of a failure; see session.py.
-OUT_OF_MEMORY, GPU_LOST = "out_of_memory", "gpu_lost"
+OUT_OF_MEMORY, GPU_LOST, RANK_LOST = "out_of_memory", "gpu_lost", "rank_lost"
 Say = Callable[[str], None]
 
 
@@ -67,7 +67,8 @@ def supervise(command: Sequence[str], run: RunFolder, say: Say, patience: Patien
             return code
         _decide_restart(run, cause, past, patience)
         pause = min(patience.longest_pause_s, patience.first_pause_s * 2 ** max(past.fruitless - 1, 0))
-        text = f"the worker {cause}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
+        words = "was out of GPU memory" if cause == OUT_OF_MEMORY else cause
+        text = f"the worker {words}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
         run.append("status", status="restarting", reason=text)
         say(text)
         time.sleep(pause)
@@ -89,6 +90,8 @@ def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tup
     told = _failure(said)
     if told in (OUT_OF_MEMORY, GPU_LOST):
         return code, told
+    if told == RANK_LOST and not asked:
+        return code, f"lost another one: {said[-1]['reason']}"
     if code == CRASHED and not asked:
         return code, "crashed"
     return (code if code >= 0 else 128 - code), None  # as a shell counts a death by signal
