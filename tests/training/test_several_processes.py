@@ -140,6 +140,38 @@ def test_a_stopped_run_of_two_ends_as_if_it_had_never_been_stopped(
 
 
 @pytest.mark.long
+def test_a_process_that_hangs_is_ended_with_all_others_when_the_run_gives_no_sign(
+    project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    work = project(**TWO)
+    work.train(output="whole")
+    monkeypatch.delenv("CHARKHA_FOREGROUND")
+    run = RunFolder(work.run_folder("cut"))
+    stopped: list[int] = []
+
+    def stop_one() -> None:
+        while not any(event["event"] == "step" and event["step"] >= 3 for event in run.events()):
+            time.sleep(0.05)
+        stopped.extend(others())
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_one)
+    thread.start()
+    said: list[str] = []
+    command = worker_command(work.config, ["--set", "output=cut"])
+    began = time.monotonic()
+    assert supervise(command, run, said.append, Patience(first_pause_s=0.01, silence_s=8)) == 0
+    thread.join()
+    assert "gave no sign for" in said[0]
+    assert len(said) == 1
+    assert time.monotonic() - began < 90
+    assert stopped[0] not in others()
+    assert steps(run.path) == steps(work.run_folder("whole"))
+
+
+@pytest.mark.long
 def test_a_killed_first_process_takes_the_others_with_it_and_the_supervisor_starts_all_again(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
