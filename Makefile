@@ -45,9 +45,12 @@ types: setup-dev
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long and not gpu"
 
-# Debian's NUT serves as a real UPS daemon in tests, which are skipped with the reason where it cannot be installed.
+# A real UPS daemon, a clock that jumps and a systemd user manager, from Debian or Ubuntu. Their tests are skipped with
+# the reason where these cannot be installed.
+FAULT_TOOLS := nut-server libfaketime systemd dbus-daemon
 fault-tools:
-	@test -x /lib/nut/upsd || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nut-server) || true
+	@dpkg -s $(FAULT_TOOLS) >/dev/null 2>&1 || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends $(FAULT_TOOLS)) || true
 
 test-long: setup-dev fault-tools
 	$(BIN)/python -m pytest -n $(WORKERS) -m "long and not gpu"

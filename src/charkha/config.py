@@ -199,8 +199,10 @@ class DevicesSection(Section):
 
     strategy: Literal[
         "auto", "single", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "mlx"
-    ] = Field("auto", description="How the work is spread; auto is one device.")
-    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="Processes on this host.")
+    ] = Field("auto", description="How the work is spread; auto is one device, or ddp where processes says more.")
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Processes on this host, each with a device; auto is 1, with ddp one for each GPU."
+    )
     hosts: list[str] = Field(default_factory=list, description="Further hosts.")
     shard_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Type of sharded trainable weights.")
     offload: str | list[str] = Field("none", description="none, optimizer, parameters, activations, or a list.")
@@ -356,8 +358,7 @@ CARRIED_OUT: dict[str, tuple[object, ...]] = {
     "training.gradient_checkpointing": ("auto", "none", "full", True, False),
     "training.fused_kernels": ("auto", "none"),
     "training.early_stopping": (None,),
-    "devices.strategy": ("auto", "single"),
-    "devices.processes": ("auto", 1),
+    "devices.strategy": ("auto", "single", "ddp"),
     "devices.hosts": ([],),
     "devices.shard_dtype": ("auto",),
     "devices.offload": ("none",),

@@ -346,6 +346,51 @@ def test_heat_lowers_the_power_limit_where_permitted_and_the_limit_is_put_back(
 
 
 @pytest.mark.usefixtures("quick_guard")
+def test_a_limit_that_a_killed_process_left_lowered_is_put_back_by_the_next_one(
+    project: MakeProject, a_gpu: dict[str, Any]
+) -> None:
+    """What is on the disk while the limit is lowered is what a `kill -9` leaves."""
+    work = project(training=MANY_STEPS, guard={"ups": "none"})
+    left: list[bytes] = []
+    kept = work.run_folder() / "power-limit.json"
+
+    def heats_up(seen: Watcher) -> None:
+        seen.wait_for(is_step)
+        a_gpu["temperature_c"] = 85.0
+        seen.wait_for(lambda event: event["event"] == "guard" and event["power_limit_w"] is not None)
+        left.append(kept.read_bytes())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train_with(work, heats_up)
+    assert not kept.exists()
+    kept.write_bytes(left[0])
+    a_gpu.update(power_limit_w=210.0, temperature_c=60.0)
+
+    def only_stops(seen: Watcher) -> None:
+        seen.wait_for(lambda event: is_step(event) and event["step"] >= 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _, seen = train_with(work, only_stops)
+    assert any("power limit of 210 W that a killed process" in event.get("text", "") for event in seen.events)
+    assert a_gpu["power_limit_w"] == 350
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("change", ["boot", "gpu", "damage"])
+def test_a_kept_limit_of_another_card_or_an_earlier_start_of_the_machine_is_not_believed(
+    tmp_path: Path, change: str
+) -> None:
+    from charkha.training.power_limit import FoundLimit
+
+    FoundLimit(tmp_path, "GPU-1").keep(350)
+    assert FoundLimit(tmp_path, "GPU-1").left() == 350
+    path = tmp_path / "power-limit.json"
+    record = json.loads(path.read_bytes())
+    path.write_text("{" if change == "damage" else json.dumps({**record, change: "other"}))
+    assert FoundLimit(tmp_path, "GPU-1").left() is None
+
+
+@pytest.mark.usefixtures("quick_guard")
 def test_heat_slows_the_steps_down_without_the_right_to_set_limits(project: MakeProject, a_gpu: dict[str, Any]) -> None:
     a_gpu["permitted"] = False
     work = project(training=MANY_STEPS, guard={"ups": "none"})

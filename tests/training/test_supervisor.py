@@ -79,6 +79,15 @@ def test_a_worker_that_dies_is_started_again_and_the_reason_is_recorded(run: Run
     assert [event["reason"] for event in restarts] == said
 
 
+def test_the_answer_is_that_of_the_last_worker_alone(run: RunFolder, tmp_path: Path) -> None:
+    script = "print('worker', start, flush=True)\nstep(start)\nif start < 3: sys.exit(1)"
+    command = [sys.executable, "-c", WORKER + script, str(run.path)]
+    with (tmp_path / "answer").open("w+b") as answer:
+        assert supervise(command, run, lambda text: None, QUICK, answer) == 0
+        answer.seek(0)
+        assert answer.read() == b"worker 3\n"
+
+
 def test_a_worker_that_gets_nowhere_is_given_up_with_its_reasons(run: RunFolder) -> None:
     with pytest.raises(TrainingFailed, match=r"3 times in a row without .* step 0: crashed; crashed") as caught:
         watch(run, "sys.exit(1)")

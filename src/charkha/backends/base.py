@@ -77,6 +77,15 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Which of how many processes on this host this one is, and the file by which they find each other."""
+
+    rank: int = 0
+    count: int = 1
+    meeting: Path = Path()
+
+
+@dataclass(frozen=True)
 class HeldOutLoss:
     """Mean negative log-likelihood (natural log) over all trained held-out tokens, whatever the batch size."""
 

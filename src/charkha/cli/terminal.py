@@ -45,6 +45,11 @@ def set_debug(on: bool) -> None:
     _debug = on
 
 
+def is_debugging() -> bool:
+    """Whether errors show their traceback."""
+    return _debug
+
+
 def stdout_console() -> Console:
     """Where results go when `--json` is not given."""
     from rich.console import Console

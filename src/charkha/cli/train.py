@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from charkha.cli.terminal import JsonOption, near, new_app, new_table, note, parse_mapping, run_command, stdout_console
+from charkha.cli.terminal import (
+    JsonOption,
+    is_debugging,
+    near,
+    new_app,
+    new_table,
+    note,
+    parse_mapping,
+    run_command,
+    stdout_console,
+)
 from charkha.errors import Paused
 
 app = new_app()
@@ -72,7 +83,14 @@ def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json
         arguments = [part for override in overrides for part in ("--set", override)]
         arguments += ["--accept-changes"] if accept_changes else []
         arguments += ["--json"] if as_json else []
-        raise typer.Exit(supervise(worker_command(config, arguments), run, note))
+        command = worker_command(config, arguments, debug=is_debugging())
+        if not as_json:
+            raise typer.Exit(supervise(command, run, note))
+        with tempfile.TemporaryFile() as answer:
+            code = supervise(command, run, note, answer=answer)  # one object, however many workers there were
+            answer.seek(0)
+            typer.echo(answer.read(), nl=False)
+        raise typer.Exit(code)
 
     run_command(work, _show, as_json)
     raise AssertionError("a supervised run always leaves by its exit code")

@@ -42,6 +42,7 @@ class DeviceFacts:
     supports_bf16: bool
     compute_capability: tuple[int, int] | None
     native_bf16: bool = False  # of a CPU: has instructions for it, where others emulate it slowly
+    count: int = 1
 
 
 class Chooser:
@@ -145,9 +146,35 @@ class Chooser:
             )
         return positions - virtual
 
-    def micro_batch_size(self, longest_row: int, *, packed: bool = False) -> int:
+    def processes(self) -> int:
+        """How many processes train together, each on a device of its own (of a CPU they share the cores)."""
+        strategy, asked = self._config.devices.strategy, self._config.devices.processes
+        count = asked if isinstance(asked, int) else self._facts.count if strategy == "ddp" else 1
+        self._require_devices(count)
+        reason = f"one device: {self._facts.name}"
+        if self._facts.count > 1:
+            reason += f"; there are {self._facts.count}, and devices.processes: {self._facts.count} uses them"
+        if strategy == "auto":
+            several = "every process holds the model and adds up gradients with the others"
+            self._choose("devices.strategy", "ddp" if count > 1 else "single", several if count > 1 else reason)
+        if asked == "auto":
+            self._choose("devices.processes", count, "one for each device" if strategy == "ddp" else "one device")
+        return count
+
+    def _require_devices(self, count: int) -> None:
+        key, batch = "devices.processes", self._config.training.batch_size
+        if count > 1 and self._config.devices.strategy == "single":
+            raise _refused(key, count, "devices.strategy single is one process", "devices.strategy: ddp")
+        if count > 1 and self._facts.device == "mps":
+            raise _refused(key, count, "an Apple GPU is one device", "1")
+        if self._facts.device == "cuda" and count > self._facts.count:
+            raise _refused(key, count, f"this machine has {self._facts.count} GPUs", f"at most {self._facts.count}")
+        if count > batch:
+            raise _refused(key, count, f"training.batch_size {batch} has fewer rows", "a larger batch")
+
+    def micro_batch_size(self, longest_row: int, *, packed: bool = False, processes: int = 1) -> int:
         asked = self._config.training.micro_batch_size
-        batch = self._config.training.batch_size
+        batch = self._config.training.batch_size // processes
         if asked != "auto":
             return asked
         by_rows = self._facts.device == "cpu" and not packed
@@ -198,8 +225,6 @@ class Chooser:
             ("model.placement", "resident", "the whole base is held on the device"),
             ("model.upcast_unquantized", False, "norms, embeddings and head stay in model.dtype"),
             ("training.fused_kernels", "none", "only the kernels of torch"),
-            ("devices.strategy", "single", f"one device: {self._facts.name}"),
-            ("devices.processes", 1, "one device"),
         ):
             section, name = key.split(".")
             if getattr(getattr(self._config, section), name) == "auto":
@@ -228,6 +253,7 @@ def step_plan(
     vocabulary: int,
     has_eval: bool,
     packing: Packing | None = None,
+    processes: int = 1,
 ) -> StepPlan:
     """The optimizer's path for `rows` training rows; with `packing` both counts are those of packed rows."""
     training = config.training
@@ -235,7 +261,7 @@ def step_plan(
     total = training.max_steps or max(1, round(training.epochs * steps_per_epoch))
     interval = config.checkpoint.interval()
     chooser.simple_defaults()
-    micro_batch_size = chooser.micro_batch_size(longest_row, packed=packing is not None)
+    micro_batch_size = chooser.micro_batch_size(longest_row, packed=packing is not None, processes=processes)
     return StepPlan(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,

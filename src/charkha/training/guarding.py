@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from charkha.backends.base import Order, Recorder
 from charkha.config import Config
@@ -18,6 +19,7 @@ from charkha.guard import Decision, GuardState, Readings, decide, limits_to_rest
 from charkha.guard_limits import GuardLimits, parse_budget, parse_windows
 from charkha.hardware.sensors import CpuPower, NotPermitted, Nvml, open_nvml
 from charkha.hardware.ups import MainsState, MainsWatch, Ups, UpsReading, open_ups
+from charkha.training.power_limit import FoundLimit
 
 _EVERY_S = 1.0
 MAINS_STABLE_S = 30.0
@@ -47,6 +49,7 @@ class RunGuard:
         record: Recorder,
         *,
         gpu_index: Callable[[Nvml], int | None],
+        run_folder: Path,
         energy_kwh_before: float = 0.0,
         every_s: float = _EVERY_S,
         mains_stable_s: float = MAINS_STABLE_S,
@@ -59,7 +62,7 @@ class RunGuard:
         self._mains = MainsWatch(mains_stable_s) if self._ups is not None else None
         nvml = open_nvml()
         index = None if nvml is None else gpu_index(nvml)
-        self._gpu = None if nvml is None or index is None else _Gpu(nvml, index)
+        self._gpu = None if nvml is None or index is None else _Gpu(nvml, index, run_folder)
         self._cpu_power = CpuPower() if self._gpu is None else None
         self._joules = energy_kwh_before * 3.6e6
         self._energy_known = True
@@ -75,6 +78,8 @@ class RunGuard:
 
     def start(self) -> None:
         """Begins to watch, where there is anything: a GPU, a UPS, a budget or hours."""
+        if self._gpu is not None and self._gpu.note is not None:
+            self._record("note", text=self._gpu.note)
         watched = (self._gpu, self._ups, self._limits.budget, self._limits.windows or None)
         if any(part is not None for part in watched):
             self._look()  # the first order is there before the first step
@@ -87,7 +92,7 @@ class RunGuard:
             self._thread.join(timeout=10)
         for watts in limits_to_restore(self._state):
             if watts is not None and self._gpu is not None:
-                self._gpu.set_limit(watts)
+                self._gpu.put_back(watts)
 
     def saw_save(self, blocked_seconds: float) -> None:
         """Told what a save cost: the battery must last for three of them."""
@@ -186,19 +191,43 @@ class RunGuard:
 class _Gpu:
     """The GPU that trains, and whether its power limit may be set."""
 
-    def __init__(self, nvml: Nvml, index: int) -> None:
+    def __init__(self, nvml: Nvml, index: int, run_folder: Path) -> None:
         self.nvml = nvml
         self.index = index
         self.limits = nvml.limits(index)
         self.may_set_power = True
-        found = nvml.read(index).power_limit_w
-        self.may_set_power = found is not None and self.set_limit(found)  # as it is: only the right is tried
+        self.note: str | None = None
+        self._found_w = nvml.read(index).power_limit_w
+        self._kept = FoundLimit(run_folder, self.limits.uuid)
+        self._lowered = False
+        left_w = self._kept.left()
+        if left_w is not None and self._found_w is not None and self._found_w < left_w:
+            self._repair(self._found_w, left_w)
+        # Set as it is: only the right is tried.
+        self.may_set_power = self._found_w is not None and self.set_limit(self._found_w)
+
+    def _repair(self, found_w: float, left_w: float) -> None:
+        how = f"GPU {self.index} still had the power limit of {found_w:.0f} W that a killed process of this run had set"
+        if self.set_limit(left_w):
+            self._found_w = left_w
+            self._kept.forget()
+            self.note = f"{how}; it has its {left_w:.0f} W again"
+        else:
+            self.note = f"{how}; `sudo nvidia-smi -i {self.index} -pl {left_w:.0f}` puts it back"
 
     def set_limit(self, watts: float) -> bool:
         """Whether the card took the limit."""
+        if self._found_w is not None and watts < self._found_w and not self._lowered:
+            self._kept.keep(self._found_w)
+            self._lowered = True
         try:
             self.nvml.set_power_limit(self.index, watts)
         except (NotPermitted, ValueError):
             self.may_set_power = False
             return False
         return True
+
+    def put_back(self, watts: float) -> None:
+        """The limit as it was found."""
+        if self.set_limit(watts):
+            self._kept.forget()

@@ -42,6 +42,7 @@ class Session:
     parameters: int
     memory: Preview
     device_name: str
+    processes: int
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
 
 
@@ -60,6 +61,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     skeleton = build_skeleton(base_folder)
     attention = chooser.attention(dtype, attention_kernels(skeleton))
     quantization = chooser.quantization(about_base.stored_quantization)
+    processes = chooser.processes()
     base = BaseModelSpec(base_folder, dtype, attention, quantization, facts.device)
     adapter = adapter_spec(config)
     require_fit(skeleton, base, adapter)
@@ -87,6 +89,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         vocabulary=about_base.vocabulary,
         has_eval=data.eval is not None,
         packing=packing,
+        processes=processes,
     )
     plan = apply_limit(plan, run) if run.exists else plan
     for text in (
@@ -113,17 +116,21 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         about_base.parameters,
         memory,
         facts.name,
+        processes,
         proved_leak,
     )
 
 
 def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
-    """The config with every `auto` as it was decided when the run began: a newer library may decide otherwise."""
+    """The config with every `auto` as it was decided when the run began: a newer library may decide otherwise.
+
+    Not the strategy, which follows from the number of processes.
+    """
     wish = loaded.config.model_dump(mode="json")
     frozen = load_config(run.config_path).config.model_dump(mode="json")
     for section, keys in wish.items():
         for key in keys if isinstance(keys, dict) else ():
-            if keys[key] == "auto" and isinstance(frozen.get(section), dict):
+            if keys[key] == "auto" and isinstance(frozen.get(section), dict) and key != "strategy":
                 keys[key] = frozen[section].get(key, "auto")
     return replace(loaded, config=Config.model_validate(wish))
 
@@ -131,8 +138,8 @@ def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
 def _device_facts() -> DeviceFacts:
     from charkha.backends.torch.device import find_device
 
-    device, name, bf16, capability = find_device()
-    return DeviceFacts(device, name, bf16, capability, cpu_has_bf16())
+    device, name, bf16, capability, count = find_device()
+    return DeviceFacts(device, name, bf16, capability, cpu_has_bf16(), count)
 
 
 def _resolved(loaded: LoadedConfig, base_folder: Path, choices: tuple[Choice, ...]) -> Config:

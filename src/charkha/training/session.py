@@ -7,6 +7,7 @@ model is loaded.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import TrainOutcome
+from charkha.backends.base import Place, TrainOutcome
 from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
 from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
@@ -34,6 +35,7 @@ from charkha.training.continuing import (
     surroundings,
 )
 from charkha.training.guarding import RunGuard
+from charkha.training.launch import RankWork, other_ranks
 from charkha.training.opening import Observer, Session, open_session, with_frozen_choices
 from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
@@ -125,7 +127,13 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
             trackers(event)
             observe(event)
 
-    guard = RunGuard(session.resolved, record, gpu_index=_gpu_index, energy_kwh_before=energy_kwh_of(run.events()) or 0)
+    guard = RunGuard(
+        session.resolved,
+        record,
+        gpu_index=_gpu_index,
+        run_folder=run.path,
+        energy_kwh_before=energy_kwh_of(run.events()) or 0,
+    )
 
     if started_before:
         record(
@@ -166,8 +174,14 @@ def _run_backend(
     quiet_libraries()  # before the libraries are imported: some of them speak while they load
     from charkha.backends.torch.trainer import train as train_with_torch
 
+    def give_up(loss: TrainingFailed) -> None:
+        """This process waits for one that is gone, in a library that nothing interrupts."""
+        record("status", status="failed", reason=loss.message, kind=loss.kind)
+        os._exit(loss.exit_code)
+
+    work = _rank_work(session, checkpoint)
     try:
-        with stop_on_signals(steering.flag):
+        with stop_on_signals(steering.flag), other_ranks(work, session.processes, give_up) as place:
             return train_with_torch(
                 session.base,
                 session.adapter,
@@ -181,6 +195,7 @@ def _run_backend(
                 steering=steering,
                 record=record,
                 final_folder=store.staging / FINAL,
+                place=place,
             )
     except KeyboardInterrupt:
         newest, _ = store.newest_verified()
@@ -190,6 +205,21 @@ def _run_backend(
     except (TrainingFailed, DoesNotFit, EnvironmentProblem) as failure:
         record("status", status="failed", reason=failure.message, kind=failure.kind)
         raise
+
+
+def _rank_work(session: Session, checkpoint: Checkpoint | None) -> RankWork:
+    return RankWork(
+        base=session.base,
+        adapter=session.adapter,
+        plan=session.plan,
+        train_shard=session.data.train.path,
+        eval_shard=None if session.data.eval is None else session.data.eval.path,
+        fingerprint=session.data.fingerprint,
+        pad_id=session.data.pad_id,
+        run=session.run.path,
+        resume_from=None if checkpoint is None else checkpoint.path,
+        place=Place(),
+    )
 
 
 def _gpu_index(nvml: Nvml) -> int | None:

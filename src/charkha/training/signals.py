@@ -58,8 +58,8 @@ def under_nohup(number: int) -> bool:
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
-def end_with_parent() -> None:
-    """Has the system send SIGTERM to this process when its parent dies: no run goes on without its supervisor.
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Has the system send a signal to this process when its parent dies: no run goes on without its supervisor.
 
     Linux only; elsewhere a worker whose supervisor was killed trains to its end.
     """
@@ -67,6 +67,6 @@ def end_with_parent() -> None:
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number)
     if os.getppid() != parent or parent == 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # it died before the call
+        os.kill(os.getpid(), number)  # it died before the call

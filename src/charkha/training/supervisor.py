@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from charkha.errors import EnvironmentProblem, Paused, TrainingFailed
 from charkha.store.control import Control
@@ -27,7 +27,7 @@ from charkha.units import format_seconds
 
 CRASHED = 1  # an exit code that is our bug, or the library's
 # What the worker's last `status` event may say of a failure; see session.py.
-OUT_OF_MEMORY, GPU_LOST = "out_of_memory", "gpu_lost"
+OUT_OF_MEMORY, GPU_LOST, RANK_LOST = "out_of_memory", "gpu_lost", "rank_lost"
 Say = Callable[[str], None]
 
 
@@ -53,30 +53,42 @@ class _Past:
     reasons: list[str] = field(default_factory=list)
 
 
-def supervise(command: Sequence[str], run: RunFolder, say: Say, patience: Patience | None = None) -> int:
+def supervise(
+    command: Sequence[str], run: RunFolder, say: Say, patience: Patience | None = None, answer: IO[bytes] | None = None
+) -> int:
     """Runs `command` (a worker of the run) until it ends for good; its exit code.
 
-    Raises TrainingFailed for a worker that keeps dying without getting on, EnvironmentProblem for a GPU that only a
-    restart of the machine brings back.
+    `answer`, an open file, holds afterwards what the last worker wrote to its standard output, and nothing of those
+    before it; without, all of them write to ours. Raises TrainingFailed for a worker that keeps dying without getting
+    on, EnvironmentProblem for a GPU that only a restart of the machine brings back.
     """
     patience = patience or Patience()
     past = _Past(step=_last_step(run))
     while True:
-        code, cause = _run_once(command, run, patience)
+        if answer is not None:
+            answer.seek(0)
+            answer.truncate()
+        code, cause = _run_once(command, run, patience, answer)
         if cause is None:
             return code
         _decide_restart(run, cause, past, patience)
         pause = min(patience.longest_pause_s, patience.first_pause_s * 2 ** max(past.fruitless - 1, 0))
-        text = f"the worker {cause}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
+        words = "was out of GPU memory" if cause == OUT_OF_MEMORY else cause
+        text = f"the worker {words}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
         run.append("status", status="restarting", reason=text)
         say(text)
         time.sleep(pause)
 
 
-def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tuple[int, str | None]:
+def _run_once(
+    command: Sequence[str], run: RunFolder, patience: Patience, answer: IO[bytes] | None
+) -> tuple[int, str | None]:
     """(exit code, why it is worth another try); the latter None when that is the end of it."""
     said_before = len(_statuses(run))
-    with subprocess.Popen(list(command), start_new_session=True) as worker, _hand_on_signals(worker) as asked:
+    with (
+        subprocess.Popen(list(command), start_new_session=True, stdout=answer) as worker,
+        _hand_on_signals(worker) as asked,
+    ):
         hung = _wait(worker, Control(run.path), patience)
     code = worker.returncode
     said = _statuses(run)[said_before:]
@@ -89,6 +101,8 @@ def _run_once(command: Sequence[str], run: RunFolder, patience: Patience) -> tup
     told = _failure(said)
     if told in (OUT_OF_MEMORY, GPU_LOST):
         return code, told
+    if told == RANK_LOST and not asked:
+        return code, f"lost another one: {said[-1]['reason']}"
     if code == CRASHED and not asked:
         return code, "crashed"
     return (code if code >= 0 else 128 - code), None  # as a shell counts a death by signal
@@ -178,6 +192,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def worker_command(config: Path, arguments: Sequence[str]) -> list[str]:
+def worker_command(config: Path, arguments: Sequence[str], *, debug: bool = False) -> list[str]:
     """The command line of a worker: this very program, in the foreground, blind to modules in the working folder."""
-    return [sys.executable, "-P", "-m", "charkha", "train", str(config), *arguments, "--foreground", "--follow-parent"]
+    program = [sys.executable, "-P", "-m", "charkha", *(["--debug"] if debug else [])]
+    return [*program, "train", str(config), *arguments, "--foreground", "--follow-parent"]

@@ -110,7 +110,9 @@ def _kernel_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def plan_micro_batches(plan: StepPlan, shard: Shard, fingerprint: str, *, one_row: bool) -> MicroBatchPlan:
+def plan_micro_batches(
+    plan: StepPlan, shard: Shard, fingerprint: str, *, one_row: bool, processes: int = 1
+) -> MicroBatchPlan:
     """The micro batches of a run; `one_row` is the layout of `collate_packed`, where rows are packed."""
     return MicroBatchPlan(
         shard,
@@ -120,13 +122,15 @@ def plan_micro_batches(plan: StepPlan, shard: Shard, fingerprint: str, *, one_ro
         fingerprint=fingerprint,
         packed=None if plan.packing is None else pack(shard.lengths, plan.packing.row_tokens),
         one_row=one_row,
+        processes=processes,
     )
 
 
 class MicroBatchPlan:
     """Which rows stand in which micro batch: a pure function of (seed, epoch, step) and the shard's fingerprint.
 
-    With `packed`, steps and micro batches count packed rows. `one_row` is the layout of `collate_packed`. Epochs are
+    With `packed`, steps and micro batches count packed rows. `one_row` is the layout of `collate_packed`. The number of
+    micro batches in a step is a multiple of `processes`, which take turns; those that it lacks are empty. Epochs are
     planned when they are first asked for; only the current one is kept.
     """
 
@@ -140,6 +144,7 @@ class MicroBatchPlan:
         fingerprint: str,
         packed: PackedShapes | None = None,
         one_row: bool = False,
+        processes: int = 1,
     ) -> None:
         self._shard = shard
         self._batch_size = batch_size
@@ -153,7 +158,7 @@ class MicroBatchPlan:
         self._documents: list[np.ndarray] = []  # of each packed row of the epoch
         self._lengths = shard.lengths if packed is None else packed.tokens
         self.steps_per_epoch = -(-len(self._lengths) // batch_size)
-        self.micro_batches_per_step = -(-batch_size // micro_batch_size)
+        self.micro_batches_per_step = -(-batch_size // micro_batch_size // processes) * processes
 
     def batch_of(self, element: int, pad_id: int) -> dict[str, Any]:
         """Micro batch number `element`, counted from the start of training, as the model takes it."""
@@ -175,7 +180,8 @@ class MicroBatchPlan:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._plan(epoch)
-        return self._steps[step_in_epoch][place]
+        planned = self._steps[step_in_epoch]
+        return planned[place] if place < len(planned) else np.empty(0, dtype=np.int64)
 
     def _plan(self, epoch: int) -> None:
         self._steps = plan_epoch(

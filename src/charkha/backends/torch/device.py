@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 
-def find_device() -> tuple[str, str, bool, tuple[int, int] | None]:
-    """(cpu | cuda | mps, its name, whether it computes in bf16, CUDA compute capability)."""
+def find_device() -> tuple[str, str, bool, tuple[int, int] | None, int]:
+    """(cpu | cuda | mps, its name, whether it computes in bf16, CUDA compute capability, how many there are)."""
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(0)
         # torch.cuda.is_bf16_supported() also says yes where bf16 is emulated; Ampere (8.0) first has units for it.
-        return "cuda", torch.cuda.get_device_name(0), capability >= (8, 0), capability
+        return "cuda", torch.cuda.get_device_name(0), capability >= (8, 0), capability, torch.cuda.device_count()
     if torch.backends.mps.is_available():
-        return "mps", "Apple GPU", True, None
-    return "cpu", "CPU", True, None
+        return "mps", "Apple GPU", True, None, 1
+    return "cpu", "CPU", True, None, 1
 
 
 def gpu_uuid() -> str | None:

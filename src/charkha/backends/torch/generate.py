@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from charkha.backends.torch.device_errors import in_parts_that_fit
 from charkha.backends.torch.held_out import batches_by_length
 from charkha.backends.torch.virtual_tokens import embedded_rows, uses_virtual_tokens
 
@@ -24,15 +25,18 @@ def generate_greedy(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     lengths = np.array([len(prompt) + max_new_tokens for prompt in prompts], dtype=np.int64)
+
+    def answered(rows: np.ndarray) -> list[list[int]]:
+        return _generate_batch(model, [prompts[int(row)] for row in rows], max_new_tokens, end_ids, pad_id)
+
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for rows in batches_by_length(lengths, _TOKENS_PER_BATCH) if len(prompts) else []:
-                batch = [prompts[int(row)] for row in rows]
-                new = _generate_batch(model, batch, max_new_tokens, end_ids, pad_id)
-                for row, ids in zip(rows, new, strict=True):
-                    answers[int(row)] = ids
+                for part, new in in_parts_that_fit(rows, answered):
+                    for row, ids in zip(part, new, strict=True):
+                        answers[int(row)] = ids
     finally:
         model.train(was_training)
     return answers

@@ -11,16 +11,20 @@ import torch
 
 from charkha.backends.base import HeldOutLoss
 from charkha.backends.torch.batches import IGNORED, collate
+from charkha.backends.torch.device_errors import in_parts_that_fit
+from charkha.backends.torch.ranks import ALONE, Ranks
 from charkha.data.shards import Shard
 
 _TOKENS_PER_BATCH = 4096  # rows x longest row; bounds activations and logits
 
 
-def held_out_loss(model: Any, shard: Shard, pad_id: int, on_batch: Callable[[], None] = lambda: None) -> HeldOutLoss:
+def held_out_loss(
+    model: Any, shard: Shard, pad_id: int, on_batch: Callable[[], None] = lambda: None, ranks: Ranks = ALONE
+) -> HeldOutLoss:
     """Mean negative log-likelihood per trained token, and per row.
 
     The model's mode and the random numbers are as before afterwards; nothing is sampled. `on_batch` is called after
-    each batch.
+    each batch. Several processes take turns with the batches, and each returns the whole result.
     """
     began = time.monotonic()
     was_training = model.training
@@ -29,11 +33,13 @@ def held_out_loss(model: Any, shard: Shard, pad_id: int, on_batch: Callable[[], 
     counts = np.zeros(len(shard.lengths), dtype=np.int64)
     try:
         with torch.no_grad():
-            for rows in batches_by_length(shard.lengths, _TOKENS_PER_BATCH):
-                sums[rows], counts[rows] = _row_sums(model, collate(shard, rows, pad_id))
+            for rows in batches_by_length(shard.lengths, _TOKENS_PER_BATCH)[ranks.rank :: ranks.count]:
+                for part, found in in_parts_that_fit(rows, lambda some: _row_sums(model, collate(shard, some, pad_id))):
+                    sums[part], counts[part] = found
                 on_batch()
     finally:
         model.train(was_training)
+    sums, counts = ranks.add_up(sums), ranks.add_up(counts)
     tokens = int(counts.sum())
     return HeldOutLoss(
         loss=float(sums.sum() / max(tokens, 1)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charkha.backends.base import BaseModelSpec
+from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.plain_linear import quantizable_class
 from charkha.backends.torch.quiet import quiet_libraries
 from charkha.errors import EnvironmentProblem
@@ -46,7 +47,7 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
         kwargs["quantization_config"] = _bitsandbytes_config(spec)
     if spec.device == "cuda":
         kwargs["device_map"] = {"": 0}  # straight to the card: host RAM need not hold the model
-    with _quiet_transformers(), _only_safetensors(spec.path):
+    with _quiet_transformers(), _only_safetensors(spec.path), device_errors_told(loading=True):
         model, loading = kind.from_pretrained(
             spec.path,
             local_files_only=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ class Saver:
         self._saved_at = time.monotonic()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, float, Future[_Written]] | None = None
+        self._trouble: Exception | None = None  # of a save beside training, to be waited out at this boundary
         self._told_of_rare_saves = False
 
     def begin(self) -> None:
@@ -72,6 +74,8 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether this step boundary is one to save at."""
+        if self._trouble is not None:
+            return True
         if self._plan.checkpoint_steps is not None:
             return step % self._plan.checkpoint_steps == 0
         return time.monotonic() - self._saved_at >= self._interval_s()
@@ -89,20 +93,21 @@ class Saver:
             self._record("note", text=text)
         return interval
 
-    def save(self, step: int, *, eval_loss: float | None, wait: bool) -> None:
+    def save(self, step: int, random_files: Sequence[NewFile], *, eval_loss: float | None, wait: bool) -> None:
         """Takes a checkpoint of this step. With `wait` it is on the disk, verified, when this returns.
 
-        Raises DoesNotFit when the disk does not take it and a stop is asked for meanwhile.
+        `random_files` hold the random numbers of every process. Raises DoesNotFit when the disk does not take it and a
+        stop is asked for meanwhile.
         """
         self.collect(wait=True)
         began = time.monotonic()
-        behind = not wait and _room_for_copy(self._bytes)
+        behind = not wait and self._trouble is None and _room_for_copy(self._bytes)
         if behind:
-            files = snapshot(self._trainer, copy=True)
+            files = [*snapshot(self._trainer, copy=True), *random_files]
             self._pending = (step, began, self._thread.submit(self._write, step, files, eval_loss))
             self._blocked_s = time.monotonic() - began
         else:
-            self._write_or_wait(step, eval_loss, began)
+            self._write_or_wait(step, random_files, eval_loss, began)
         self._saved_at = time.monotonic()
 
     def collect(self, *, wait: bool = False) -> None:
@@ -118,7 +123,7 @@ class Saver:
             if not _is_disk_trouble(error):
                 raise
             # The snapshot is gone and an older one would be of no more use: the state of now is saved instead.
-            self._write_or_wait(self._trainer.state.global_step, None, began, trouble=error)
+            self._trouble = error
             return
         self._blocked_s += time.monotonic() - began if wait else 0.0
         self._tell(step, written, self._blocked_s)
@@ -135,20 +140,18 @@ class Saver:
         except (DoesNotFit, RunDamaged, OSError) as error:  # training has ended already, for a reason of its own
             self._record("note", text=f"the checkpoint of step {step} could not be written: {error}")
 
-    def _write_or_wait(
-        self, step: int, eval_loss: float | None, began: float, trouble: Exception | None = None
-    ) -> None:
+    def _write_or_wait(self, step: int, random_files: Sequence[NewFile], eval_loss: float | None, began: float) -> None:
         while True:
             try:
-                if trouble is None:
-                    written = self._write(step, snapshot(self._trainer, copy=False), eval_loss)
+                if self._trouble is None:
+                    written = self._write(step, [*snapshot(self._trainer, copy=False), *random_files], eval_loss)
                     break
             except (DoesNotFit, RunDamaged, OSError) as error:
                 if not _is_disk_trouble(error):
                     raise
-                trouble = error
-            self._wait_for_disk(trouble)
-            trouble = None
+                self._trouble = error
+            self._wait_for_disk(self._trouble)
+            self._trouble = None
         self._blocked_s = time.monotonic() - began
         self._tell(step, written, self._blocked_s)
 

@@ -33,7 +33,7 @@ TRAINER_JSON = "trainer_state.json"
 
 
 def snapshot(trainer: Any, *, copy: bool) -> list[NewFile]:
-    """Everything a run needs to go on from this step, as files to be written.
+    """Everything but random numbers that a run needs to go on from this step, as files to be written.
 
     With `copy` the tensors are copied to host memory now, so that training may go on while they are written; without,
     they are read as they are written, and must not change until then.
@@ -43,7 +43,6 @@ def snapshot(trainer: Any, *, copy: bool) -> list[NewFile]:
         tensor_file(ADAPTER_TENSORS if is_peft(model) else MODEL_TENSORS, weights(model), copy=copy),
         *_optimizer_files(optimizer, model, copy=copy),
         json_file(SCHEDULER_JSON, _plain_state(trainer.lr_scheduler)),
-        *_rng_files(),
         json_file(TRAINER_JSON, dataclasses.asdict(trainer.state)),
     ]
     if is_peft(model):
@@ -208,10 +207,11 @@ def load_scaler(scaler: Any, folder: Path) -> None:
         scaler.load_state_dict(_read_json(folder / SCALER_JSON))
 
 
-def _rng_files() -> list[NewFile]:
-    """States of the Python, NumPy and torch random generators (CPU, and each CUDA device)."""
+def random_state() -> tuple[bytes, bytes]:
+    """States of the Python, NumPy and torch random generators (CPU, and each CUDA device) as safetensors and JSON."""
     import numpy as np
     import torch
+    from safetensors.torch import save
 
     tensors = {"torch_cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
@@ -223,17 +223,32 @@ def _rng_files() -> list[NewFile]:
         "python": [version, list(numbers), gauss],
         "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
     }
-    return [tensor_file(RNG_TENSORS, tensors, copy=True), json_file(RNG_JSON, record)]
+    return save(tensors), json.dumps(record).encode()
 
 
-def load_rng(folder: Path) -> None:
-    """Puts the random generators back."""
+def random_state_files(rank: int, tensors: bytes, record: bytes) -> list[NewFile]:
+    """The `random_state` of one process as files of a checkpoint."""
+    return [bytes_file(_of_rank(RNG_TENSORS, rank), tensors), bytes_file(_of_rank(RNG_JSON, rank), record)]
+
+
+def has_random_state(folder: Path, rank: int) -> bool:
+    """Whether a checkpoint holds random numbers of this process: one of fewer processes does not."""
+    return (folder / _of_rank(RNG_JSON, rank)).exists()
+
+
+def _of_rank(name: str, rank: int) -> str:
+    stem, dot, ending = name.partition(".")
+    return name if rank == 0 else f"{stem}-{rank}{dot}{ending}"
+
+
+def load_rng(folder: Path, rank: int = 0) -> None:
+    """Puts the random generators of one process back."""
     import numpy as np
     import torch
     from safetensors.torch import load_file
 
-    tensors = load_file(str(folder / RNG_TENSORS))
-    record = _read_json(folder / RNG_JSON)
+    tensors = load_file(str(folder / _of_rank(RNG_TENSORS, rank)))
+    record = _read_json(folder / _of_rank(RNG_JSON, rank))
     version, numbers, gauss = record["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, position, has_gauss, cached = record["numpy"]

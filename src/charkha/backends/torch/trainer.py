@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import logging
 import math
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
 
 from charkha.backends.base import (
     AdapterSpec,
     BaseModelSpec,
-    HeldOutLoss,
-    Order,
+    Place,
     Recorder,
     Steering,
     StepPlan,
@@ -38,20 +38,19 @@ from charkha.backends.torch import state as saved_state
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
 from charkha.backends.torch.device_errors import device_errors_told
-from charkha.backends.torch.held_out import held_out_loss
+from charkha.backends.torch.keeper import Keeper
 from charkha.backends.torch.loss import choose_loss, training_loss
-from charkha.backends.torch.memory import device_memory_bytes, peak_device_memory_bytes
+from charkha.backends.torch.memory import peak_device_memory_bytes
 from charkha.backends.torch.model import load_base, quantized_modules
 from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
-from charkha.backends.torch.saving import Saver
+from charkha.backends.torch.ranks import ALONE, Ranks, joined
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
 from charkha.errors import DoesNotFit, TrainingFailed
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
 
 logger = logging.getLogger(__name__)
-_PAUSE_LOOK_S = 0.2  # between looks at the orders while the run stands still
 
 
 def train(
@@ -68,41 +67,40 @@ def train(
     steering: Steering,
     record: Recorder,
     final_folder: Path,
+    place: Place | None = None,
 ) -> TrainOutcome:
     """Trains to the end of `plan`, or to the step boundary at which `steering` orders a stop, and saves.
 
     `fingerprint` identifies the training data; with plan.seed it decides the order of rows. When the plan is done, the
     trained weights are in `final_folder` (adapter in PEFT layout; for `full` a whole model in Hugging Face layout).
+    `place` makes this one of several processes, each called with the same arguments; the first alone records, saves and
+    is given orders, and all end at the same step.
     Raises TrainingFailed for a loss or gradient that is not finite; the last checkpoint is then still good. Raises
     PackingLeaks before the first step when the plan packs rows and this model would not keep their documents apart.
     """
-    set_seed(plan.seed)  # before the adapter draws its first numbers
-    with device_errors_told(loading=True):
-        model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
-    one_row = False if plan.packing is None else _lay_out_packed_rows(model, base, train_shard, pad_id, record)
-    micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row)
-    elements = plan.total_steps * micro_batches.micro_batches_per_step
-    trainer = _Trainer(
-        model=model,
-        args=sft_arguments(base, plan, micro_batches.micro_batches_per_step, store.staging),
-        train_dataset=datasets.Dataset.from_dict({"element": range(elements)}),
-        data_collator=lambda rows: micro_batches.batch_of(rows[0]["element"], pad_id),
-        processing_class=placeholder_tokenizer(),
-    )
-    _adapters_in_fp32(model, adapter)
-    keeper = _Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, steering, record)
-    trainer.loss_way = choose_loss(model, plan.loss_head)
-    trainer.loraplus_ratio = adapter.loraplus_ratio
-    trainer.remove_callback(PrinterCallback)  # it prints a dict at the end
-    window = PeakWindow()
-    if base.device == "cpu":
-        trainer.add_callback(window)
-    trainer.add_callback(keeper)
-    with device_errors_told(), _full_disk_is_told(store.folder), closing(window), closing(keeper):
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
-        done = trainer.state.global_step >= plan.total_steps
-        if done:
-            _save_final(model, final_folder)
+    with joined(place or Place(), base.device) as ranks:
+        set_seed(plan.seed)  # before the adapter draws its first numbers: the same in every process
+        with device_errors_told(loading=True):
+            model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+        with device_errors_told():
+            one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
+        micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row, processes=ranks.count)
+        trainer = _new_trainer(model, base, plan, micro_batches, pad_id, store, ranks)
+        _adapters_in_fp32(model, adapter)
+        keeper = Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, steering, record, ranks)
+        with device_errors_told():
+            trainer.loss_way = choose_loss(model, plan.loss_head)
+        trainer.loraplus_ratio = adapter.loraplus_ratio
+        window = PeakWindow()
+        if base.device == "cpu" and ranks.is_first:
+            trainer.add_callback(window)
+        trainer.add_callback(keeper)
+        _draw_apart(plan.seed, ranks)
+        with device_errors_told(), _full_disk_is_told(store.folder), closing(window), closing(keeper):
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
+            done = trainer.state.global_step >= plan.total_steps
+            if done and ranks.is_first:
+                _save_final(model, final_folder)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return TrainOutcome(
         status="done" if done else "paused",
@@ -114,6 +112,36 @@ def train(
         total_parameters=_unpacked_parameters(model),
         quantized_modules=quantized_modules(model),
     )
+
+
+def _new_trainer(
+    model: Any,
+    base: BaseModelSpec,
+    plan: StepPlan,
+    micro_batches: MicroBatchPlan,
+    pad_id: int,
+    store: CheckpointStore,
+    ranks: Ranks,
+) -> _Trainer:
+    """TRL's trainer over this process's micro batches: every `ranks.count`-th one, of each step as many."""
+    elements = range(ranks.rank, plan.total_steps * micro_batches.micro_batches_per_step, ranks.count)
+    trainer = _Trainer(
+        model=model,
+        args=sft_arguments(base, plan, micro_batches.micro_batches_per_step // ranks.count, store.staging),
+        train_dataset=datasets.Dataset.from_dict({"element": elements}),
+        data_collator=lambda rows: micro_batches.batch_of(rows[0]["element"], pad_id),
+        processing_class=placeholder_tokenizer(),
+    )
+    trainer.ranks = ranks
+    trainer.remove_callback(PrinterCallback)  # it prints a dict at the end
+    return trainer
+
+
+def _draw_apart(seed: int, ranks: Ranks) -> None:
+    """Has every process drop out other numbers than the first."""
+    if ranks.rank:
+        digest = hashlib.sha256(f"{seed} {ranks.rank}".encode()).digest()
+        set_seed(int.from_bytes(digest[:4], "big"))
 
 
 class NotFinite(TrainingFailed):
@@ -132,11 +160,22 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
     optimizer: Any
     grad_norm: float = math.nan
     last_loss: float = math.nan
+    ranks: Ranks = ALONE
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The step's micro batches and their trained tokens, which transformers counts for some models only."""
+        """The step's micro batches of this process, and the trained tokens of those of all processes."""
         batches, _count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum((batch["labels"][..., 1:] != IGNORED).sum() for batch in batches).to(device)
+        trained = sum((batch["labels"][..., 1:] != IGNORED).sum() for batch in batches).to(device)
+        if self.ranks.count > 1:  # waits for the device, as one process need not
+            trained = torch.tensor(int(self.ranks.add_up(np.array([int(trained)]))[0]), device=device)
+        return batches, trained
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro batch forward and backward; after the last one of a step, every process has the whole gradient."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.ranks.add_up_gradients(self.model.parameters())
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -151,7 +190,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         # The one place where the host waits for the device in a step: both numbers are needed before the weights move.
         self.grad_norm = float(norm)
         assert self.step_loss is not None
-        self.last_loss = float(self.step_loss)
+        self.last_loss = float(self.ranks.add_up(np.array([float(self.step_loss)]))[0])
         self.step_loss = None
         self._require_finite()
         return norm
@@ -199,125 +238,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
             saved_state.load_scaler(self.accelerator.scaler, Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            saved_state.load_rng(Path(checkpoint))
-
-
-class _Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
-    """At each step boundary: records the step, evaluates, saves and stops, in this order, when they are due."""
-
-    def __init__(
-        self,
-        trainer: _Trainer,
-        plan: StepPlan,
-        micro_batches: MicroBatchPlan,
-        train_shard: Shard,
-        eval_shard: Shard | None,
-        pad_id: int,
-        store: CheckpointStore,
-        steering: Steering,
-        record: Recorder,
-    ) -> None:
-        self._trainer = trainer
-        self._plan = plan
-        self._micro_batches = micro_batches
-        self._lengths = train_shard.lengths
-        self._eval_shard = eval_shard
-        self._pad_id = pad_id
-        self._steering = steering
-        self._record = record
-        self._learning_rate = plan.learning_rate
-        self._step_began = time.monotonic()
-        self._saver = Saver(trainer, plan, store, record, steering)
-        self._step_seconds = 0.0
-        self.tokens = 0
-        self.step_seconds_total = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._evaluate(0)
-        self._saver.begin()
-        self._step_began = time.monotonic()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._learning_rate = float(self._trainer.optimizer.param_groups[0]["lr"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        self._record_step(step)
-        self._saver.collect()
-        last = step >= self._plan.total_steps
-        evaluated = None
-        if last or (self._plan.eval_steps is not None and step % self._plan.eval_steps == 0):
-            evaluated = self._evaluate(step)
-        order = self._steering.order(self._step_seconds)
-        wait = last or order.stop or order.pause
-        if wait or order.save or self._saver.due(step):
-            self._saver.save(step, eval_loss=evaluated.loss if evaluated else None, wait=wait)
-        if not last:
-            order = self._stand_still(order)
-        if order.stop:
-            control.should_training_stop = True
-        self._step_began = time.monotonic()
-
-    def _stand_still(self, order: Order) -> Order:
-        """Waits as long as the order says so; returns the one to go on with. All that is worth saving is saved."""
-        step, paused = self._trainer.state.global_step, order.pause and not order.stop
-        if paused:
-            self._record("status", status="waiting", reason=order.reason, step=step)
-        while order.pause and not order.stop:
-            time.sleep(_PAUSE_LOOK_S)
-            self._steering.beat()
-            order = self._steering.order(0.0)
-        if paused and not order.stop:
-            self._record("status", status="running", step=step)
-        if order.idle_seconds > 0 and not order.stop:
-            time.sleep(order.idle_seconds)
-        return order
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steering.beat()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._steering.beat()
-
-    def _record_step(self, step: int) -> None:
-        seconds = self._step_seconds = time.monotonic() - self._step_began
-        tokens = self._tokens_of(step - 1)
-        self.tokens += tokens
-        self.step_seconds_total += seconds
-        self._record(
-            "step",
-            step=step,
-            total_steps=self._plan.total_steps,
-            loss=self._trainer.last_loss,
-            learning_rate=self._learning_rate,
-            grad_norm=self._trainer.grad_norm,
-            tokens=tokens,
-            seconds=round(seconds, 4),
-            tokens_per_second=round(tokens / max(seconds, 1e-9), 1),
-            memory_bytes=device_memory_bytes(),
-        )
-
-    def _tokens_of(self, step: int) -> int:
-        """Tokens of real rows in the step, without padding."""
-        count = self._micro_batches.micro_batches_per_step
-        return sum(
-            int(self._lengths[self._micro_batches.rows_of(step * count + place)].sum()) for place in range(count)
-        )
-
-    def _evaluate(self, step: int) -> HeldOutLoss | None:
-        if self._eval_shard is None:
-            return None
-        result = held_out_loss(self._trainer.model, self._eval_shard, self._pad_id, self._steering.beat)
-        self._record(
-            "eval", step=step, eval_loss=result.loss, eval_tokens=result.tokens, seconds=round(result.seconds, 3)
-        )
-        return result
-
-    def close(self) -> None:
-        """Finishes a checkpoint that is being written."""
-        self._saver.close()
+        if checkpoint is not None and saved_state.has_random_state(Path(checkpoint), self.ranks.rank):
+            saved_state.load_rng(Path(checkpoint), self.ranks.rank)
 
 
 def _training_precision(base: BaseModelSpec, adapter: AdapterSpec) -> BaseModelSpec:
