@@ -49,6 +49,7 @@ class Published:
     peak_bytes: float | None
     out_of_memory: bool
     tokens_per_second: float | None  # of one card
+    speed_settings: MemorySettings  # at the mean length where that is published
     version: str
 
 
@@ -70,10 +71,13 @@ def express(row: Row) -> Published:
     architecture = _architecture(row)
     if "litgpt" in row["source"]:  # its models have one projection to query, key and value
         architecture = replace(architecture, fused_projections=True)
+    settings = _settings(row, architecture)
+    mean = re.search(r"mean about (\d+) tokens", row["seq_kind"])
     return Published(
         row=row,
         architecture=architecture,
-        settings=_settings(row, architecture),
+        settings=settings,
+        speed_settings=replace(settings, tokens=int(mean[1])) if mean else settings,
         gpu=_gpu(row),
         counter=_counter(row),
         peak_bytes=float(row["peak_mem_gib"]) * 2**30 if row["peak_mem_gib"] else None,
