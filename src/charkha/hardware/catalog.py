@@ -23,7 +23,7 @@ _MAKERS = re.compile(
     r"nvidia|geforce|quadro(?!rtx)|tesla|amd|instinct|radeon|apple|corporation|gpu|graphics|generation|(server|workstation)edition"
 )
 # Metal lets one process use about three quarters of unified memory (recommendedMaxWorkingSetSize on 64 GB and more).
-_APPLE_SHARE = 0.75
+APPLE_SHARE = 0.75
 
 
 class UnknownGpu(UsageError):
@@ -133,7 +133,7 @@ def _gpus(rows: Iterable[dict[str, str]], path: Path) -> Iterable[Gpu]:
 
 def _gpu(row: dict[str, str]) -> Gpu:
     capability = tuple(int(part) for part in row["capability"].split(".")) if row["capability"] != "0" else None
-    share = _APPLE_SHARE if row["kind"] == "apple" else 1.0
+    share = APPLE_SHARE if row["kind"] == "apple" else 1.0
     return Gpu(
         name=row["name"],
         memory_bytes=int(float(row["memory_gib"]) * share * _GIB),

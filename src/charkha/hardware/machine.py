@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from charkha.errors import UsageError
-from charkha.hardware.catalog import Gpu, find_gpu
+from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
+from charkha.hardware.probe import probe_host
+from charkha.hardware.sensors import Nvml, open_nvml
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
 BASE_POWER_W = {
@@ -21,6 +24,7 @@ BASE_POWER_W = {
     "amd": 150.0,
 }
 SUPPLY_EFFICIENCY = 0.9
+_FLOPS_PER_CORE = 50e9  # fp32, of a desktop or server core with AVX2
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,43 @@ class Machine:
     def device(self) -> str:
         """cpu, cuda or mps."""
         return self.gpu.backend if self.gpu else "cpu"
+
+
+def this_machine(disk: Path) -> Machine:
+    """This computer, asked through NVML and psutil, never torch; `disk` is a folder on the disk that is written to."""
+    host = probe_host()
+    nvml = open_nvml()
+    gpus = tuple(_gpu_here(nvml, index) for index in range(nvml.count)) if nvml else ()
+    if not gpus and host.system.startswith("Darwin"):
+        gpus = _apple_here(host.processor, host.ram_bytes)
+    existing = next(folder for folder in (disk, *disk.parents) if folder.exists())
+    return Machine(
+        name=gpus[0].name if gpus else host.processor,
+        gpus=gpus,
+        ram_bytes=host.ram_bytes,
+        disk_free_bytes=shutil.disk_usage(existing).free,
+        cpu_flops=_FLOPS_PER_CORE * host.physical_cores,
+    )
+
+
+def _gpu_here(nvml: Nvml, index: int) -> Gpu:
+    """The card as the table knows it, with the power limit and memory that it itself reports."""
+    limits = nvml.limits(index)
+    memory = nvml.memory_bytes(index)
+    try:
+        gpu = find_gpu(limits.name or "")
+    except UnknownGpu:
+        # Nothing is known of its speed, so time is a guess of a card of that memory; memory is what the card says.
+        gpu = replace(find_gpu("RTX 3060 12GB"), name=limits.name or "GPU", memory_bytes=memory or 0)
+    return replace(gpu, power_w=limits.power_default_w or gpu.power_w)
+
+
+def _apple_here(processor: str, ram_bytes: int) -> tuple[Gpu, ...]:
+    try:
+        gpu = find_gpu(processor)
+    except UnknownGpu:
+        return ()
+    return (replace(gpu, memory_bytes=int(ram_bytes * APPLE_SHARE)),)
 
 
 def machine_of(names: Sequence[str]) -> Machine:
