@@ -121,6 +121,7 @@ def _settings(row: Row, architecture: Architecture) -> MemorySettings:
         optimizer=_optimizer(row),
         attention=_attention(row),
         padded=_padded(row),
+        lengths_vary=_lengths_vary(row),
         **_method(row, architecture),
         **_sharding(row),
         **_checkpointing(row),
@@ -164,6 +165,16 @@ def _padded(row: Row) -> bool | None:
     return None if "pad" in row["seq_kind"] or "cap" in row["seq_kind"] else False
 
 
+def _upcasts(row: Row) -> bool:
+    """PEFT's prepare_model_for_kbit_training, which TRL calls for a quantized base; not under FSDP."""
+    trl = "unslothai" in row["source"] and row["kernels"] == "none"
+    return trl or ("upcast to fp32" in row["kernels"] and row["n_gpus"] == "1")
+
+
+def _lengths_vary(row: Row) -> bool:
+    return bool(re.search("cap;|padded to|max only", row["seq_kind"])) and "cache emptied" not in row["mem_unit"]
+
+
 def _method(row: Row, architecture: Architecture) -> dict[str, Any]:
     method, base = row["method"], row["base_dtype"]
     if method.startswith("full"):
@@ -185,7 +196,7 @@ def _method(row: Row, architecture: Architecture) -> dict[str, Any]:
         "method": "dora" if "dora" in method else "lora",
         "quantization": "nf4" if nf4 else "none",
         "double_quantization": "no double" not in base and (not distinguishes or "double" in base),
-        "upcast_unquantized": nf4 and "upcast to fp32" in row["kernels"] and row["n_gpus"] == "1",
+        "upcast_unquantized": nf4 and _upcasts(row),
         "mixed_precision": autocast or (not re.search(r"no autocast|true", row["compute_dtype"]) and not narrow),
         "trained_dtype": "bf16" if narrow else "fp32",
         "r": int((re.match(r"\d+", row["lora_r"]) or re.match("8", "8"))[0]),  # type: ignore[index]
@@ -297,6 +308,8 @@ def _gpu(row: Row) -> Gpu | None:
 
 def _counter(row: Row) -> str:
     unit = row["mem_unit"].lower()
+    if "unslothai" in row["source"]:
+        return "reserved"  # what its notebooks print
     if "monitoring" in unit or "nvidia-smi" in unit:
         return "device"
     if "reserved" in unit and "allocated" not in unit and "not stated" not in unit:

@@ -45,6 +45,7 @@ class MemorySettings:
     device: Literal["cpu", "cuda", "mps"] = "cuda"
     attention: str = "sdpa"  # sdpa | eager | flash_attention_2
     padded: bool | None = None  # whether rows of a micro batch differ in length; None: they do where there are several
+    lengths_vary: bool = False  # from micro batch to micro batch, with nothing that empties the allocator's cache
     # What follows is fixed in this version's own training, and says how other runs were made.
     double_quantization: bool = True
     upcast_unquantized: bool = False  # norms, embedding and head of a quantized base in fp32

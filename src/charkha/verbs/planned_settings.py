@@ -86,6 +86,7 @@ def planned_settings(
         device=cast(Any, machine.device),
         attention="sdpa" if model.attention == "auto" else model.attention,
         padded=False if rows.packed or model.attention == "flash_attention_2" else None,
+        lengths_vary=not rows.packed and "torch_empty_cache_steps" not in config.trainer,
         upcast_unquantized=head_default,
         mixed_precision=config.adapter.method != "full" or wide,
         trained_dtype="fp32" if wide or dtype == "fp32" else "bf16",
