@@ -104,9 +104,9 @@ def _run_table(result: dict[str, Any], format_seconds: Any) -> Any:
 
 
 def _alternative(alternative: dict[str, Any], format_seconds: Any) -> str:
-    if alternative["name"] == "other_cards":
-        names = ", ".join(alternative["gpus"]) or "none of the table"
-        return f"would fit on {alternative['count']} x: {names}"
+    if alternative["name"] == "other_machines":
+        machines = (f"{machine['count']} x {machine['gpu']}" for machine in alternative["machines"])
+        return f"would fit on: {', '.join(machines) or 'no machine of up to 16 cards of the table'}"
     changes = ", ".join(f"{key}={value}" for key, value in alternative["changes"].items()) or "as it is"
     taken = "" if alternative["seconds"] is None else f", {format_seconds(alternative['seconds'])}"
     speed = f"{alternative['tokens_per_second']:,.0f} tokens/s{taken}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ class Machine:
     ram_bytes: int | None  # None: not known, so host memory is told but not judged
     disk_free_bytes: int | None = None
     cpu_flops: float = 100e9  # of a process on two cores, fp32; only used without cards
-    measured: Mapping[str, float] | None = None  # corrections from finished runs: name -> factor
 
     @property
     def gpu(self) -> Gpu | None:
@@ -121,7 +120,6 @@ def read_machine(path: Path) -> Machine:
         gpus=gpus,
         ram_bytes=_count(record, "ram_bytes", path),
         disk_free_bytes=_count(record, "disk_free_bytes", path),
-        measured=record.get("measured") if isinstance(record.get("measured"), dict) else None,
     )
 
 
@@ -135,7 +133,6 @@ def machine_record(machine: Machine) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
         "ram_bytes": machine.ram_bytes,
         "disk_free_bytes": machine.disk_free_bytes,
-        "measured": dict(machine.measured or {}),
     }
 
 

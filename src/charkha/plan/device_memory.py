@@ -72,11 +72,12 @@ def _holes_share(settings: MemorySettings) -> float:
 def host_memory_bytes(architecture: Architecture, settings: MemorySettings, dataset_tokens: int) -> int:
     """Host memory of all processes of one machine: each reads weights through a file map, one tensor at a time.
 
+    A copy of what is being saved is not counted: it is made only where there is room.
     Where training itself is on the CPU, tensors are host memory and are added by the caller.
     """
     trained = trainable_parameters(architecture, settings)
     total = settings.processes * (_PYTHON_BYTES + 12 * dataset_tokens // max(1, settings.processes))
-    if "parameters" in settings.offload:
+    if "parameters" in settings.offload and not settings.is_full:
         total += base_weight_bytes(architecture, settings)
     if {"parameters", "optimizer"} & settings.offload:
         optimizer = optimizer_memory(settings.optimizer, settings.trained_bytes, settings.device)
@@ -87,7 +88,7 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
     if settings.streamed:
         cold = max(0, architecture.layers - 2 - settings.streamed_resident_layers)
         total += cold * layer_weight_bytes(architecture, settings)
-    return total + checkpoint_bytes(architecture, settings)  # a copy of what is being saved
+    return total
 
 
 def checkpoint_bytes(architecture: Architecture, settings: MemorySettings) -> int:

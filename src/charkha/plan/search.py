@@ -20,7 +20,7 @@ from charkha.plan.speed import StepTime, step_time
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
 _LONGEST_LOOKED_AT = 2**20
-_CARDS_NAMED = 5
+_CARDS_NAMED = 2
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,37 @@ def fallbacks(settings: MemorySettings) -> tuple[dict[str, Any], ...]:
     return tuple(steps)
 
 
-def cards_that_fit(architecture: Architecture, settings: MemorySettings, machine: Machine) -> tuple[str, ...]:
-    """Names of cards, least memory first, of which as many as the machine has would hold these settings."""
-    kinds = {"desktop", "workstation", "datacenter"}
-    count = max(1, len(machine.gpus))
-    on_gpu = replace(settings, device="cuda")
-    found: list[Gpu] = []
-    for gpu in sorted((gpu for gpu in catalog() if gpu.kind in kinds), key=lambda gpu: gpu.memory_bytes):
-        there = replace(machine, gpus=(gpu,) * count, ram_bytes=None)
-        if evaluate(architecture, on_gpu, there).fits:
-            found.append(gpu)
-        if len(found) == _CARDS_NAMED:
+def machines_that_fit(architecture: Architecture, settings: MemorySettings) -> tuple[tuple[int, str], ...]:
+    """(cards, name) of machines that would hold these settings, for 1 to 16 equal cards the two smallest each.
+
+    Several cards hold shards, and every card works on one row; machines larger than the batch are not looked at.
+    """
+    found: list[tuple[int, str]] = []
+    batch = settings.rows * settings.accumulation_steps * settings.processes
+    for count in (1, 2, 4, 8, 16):
+        if count > batch:
             break
-    return tuple(gpu.name for gpu in found)
+        names = [gpu.name for gpu in _by_memory() if _holds(architecture, settings, gpu, count)]
+        found += [(count, name) for name in names[:_CARDS_NAMED]]
+    return tuple(found)
+
+
+def _by_memory() -> list[Gpu]:
+    kinds = ("desktop", "workstation", "datacenter")
+    return sorted((gpu for gpu in catalog() if gpu.kind in kinds), key=lambda gpu: (gpu.memory_bytes, gpu.power_w))
+
+
+def _holds(architecture: Architecture, settings: MemorySettings, gpu: Gpu, count: int) -> bool:
+    there = replace(settings, device="cuda")
+    if count != settings.processes or count > 1:
+        strategy = settings.strategy if settings.strategy != "single" else "fsdp"
+        batch = settings.rows * settings.accumulation_steps * settings.processes
+        rows = min(settings.rows, batch // count) if count == settings.processes else 1
+        there = replace(
+            there,
+            strategy=strategy if count > 1 else "single",
+            processes=count,
+            rows=rows,
+            accumulation_steps=max(1, batch // (rows * count)),
+        )
+    return evaluate(architecture, there, Machine(gpu.name, (gpu,) * count, None)).fits

@@ -22,7 +22,7 @@ from charkha.plan.cost import Cost, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
-from charkha.plan.search import Candidate, cards_that_fit, evaluate, fallbacks, propose
+from charkha.plan.search import Candidate, evaluate, fallbacks, machines_that_fit, propose
 from charkha.plan.speed import P90_FACTOR
 from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
@@ -291,15 +291,13 @@ def _alternatives(
         for proposal in propose(architecture, found.settings, machine)
     ]
     if not fits:
-        cards = cards_that_fit(architecture, found.settings, machine)
-        count = max(1, len(machine.gpus))
+        machines = machines_that_fit(architecture, found.settings)
         made.append(
             {
-                "name": "other_cards",
-                "gpus": list(cards),
-                "count": count,
-                "fits": bool(cards),
-                "reason": f"the smallest cards of which {count} would hold these settings as they are",
+                "name": "other_machines",
+                "machines": [{"count": count, "gpu": gpu} for count, gpu in machines],
+                "fits": bool(machines),
+                "reason": "the smallest cards that would hold it; several hold shards, one row at a time",
             }
         )
     return made
