@@ -280,6 +280,7 @@ def _kernels(row: Row, architecture: Architecture) -> dict[str, Any]:
         "fused_norms": fused,
         "fused_mlp": bool(re.fullmatch("liger|unsloth", text)) or "compile" in text,
         "fused_lora": bool(re.search("fused LoRA|^unsloth|triton LoRA", text)),
+        "experts_in_turn": version < (5, 0),
         "keys_repeated": version < (4, 48) and not own,
         "quantized_keeps_inputs": version < (4, 40) or "bnb 0.41" in row["notes"],
     }

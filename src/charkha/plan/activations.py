@@ -76,12 +76,20 @@ def _selectively_kept(architecture: Architecture, settings: MemorySettings) -> i
 
 def _adapter_outputs(architecture: Architecture, settings: MemorySettings) -> int:
     """What DoRA and IA3 keep of every adapted product: they scale it by a trained vector."""
-    outputs = sum(linear.outputs for linear in adapter_targets(architecture, settings))
+    targets = adapter_targets(architecture, settings)
     if settings.method == "dora":  # the base's product and the adapter's, both multiplied by the magnitude
-        return settings.positions * outputs * 2 * settings.activation_bytes
-    if settings.method == "ia3":
-        return settings.positions * outputs * settings.activation_bytes
+        return settings.positions * sum(linear.outputs for linear in targets) * 2 * settings.activation_bytes
+    if settings.method == "ia3":  # products as they were; before the MLP's last linear the scaled input, in fp32
+        scaled = sum(linear.outputs for linear in targets if linear.reads != "mlp_inner") * settings.activation_bytes
+        inner = sum(linear.inputs for linear in targets if linear.reads == "mlp_inner") * FULL_BYTES
+        return settings.positions * (scaled + inner)
     return 0
+
+
+def _scaling_gradients(architecture: Architecture, settings: MemorySettings) -> int:
+    """Gradients in fp32 of what DoRA and IA3 multiply by their fp32 vectors, while the MLP's are made."""
+    count = {"dora": 3, "ia3": 2}.get(settings.method, 0) if settings.autocast else 0
+    return count * settings.positions * architecture.intermediate_size * FULL_BYTES
 
 
 def _norms(architecture: Architecture, settings: MemorySettings) -> int:
@@ -195,8 +203,8 @@ def _forward_temporaries(architecture: Architecture, settings: MemorySettings) -
     hidden = 3 * settings.positions * architecture.hidden_size * settings.residual_bytes
     if settings.is_full:
         return hidden
-    if architecture.experts:  # one expert at a time
-        inner = inner * architecture.experts.per_token // architecture.experts.count
+    if architecture.experts:
+        inner = _at_once(inner, architecture, settings)
     kept_as_it_is = has_adapter and not settings.autocast and settings.lora_dropout == 0
     cast = FULL_BYTES if has_adapter and settings.autocast else 0
     cast *= 2 if settings.lora_dropout > 0 else 1  # before and after dropout
@@ -207,8 +215,8 @@ def _backward_temporaries(architecture: Architecture, settings: MemorySettings) 
     """The larger of MLP and attention: gradients beside what is saved, an unpacked NF4 matrix, a weight's gradient."""
     width = settings.activation_bytes
     inner = settings.positions * architecture.intermediate_size * width
-    if architecture.experts:  # one expert at a time, as many tokens each
-        inner = inner * architecture.experts.per_token // architecture.experts.count
+    if architecture.experts:
+        inner = _at_once(inner, architecture, settings)
     hidden = settings.positions * architecture.hidden_size * width
     unpacked = width * max((linear.weights for linear in architecture.linears), default=0)
     # Gradients of the inner product, of gate's activation and of up; by then the product itself is gone if it was kept.
@@ -218,6 +226,7 @@ def _backward_temporaries(architecture: Architecture, settings: MemorySettings) 
     mlp = max(at_product, inner + hidden + (unpacked if settings.quantization != "none" else 0))
     if settings.is_full and not architecture.experts:
         mlp += width * architecture.intermediate_size * architecture.hidden_size
+    mlp += _scaling_gradients(architecture, settings)
     if settings.method == "dora":  # the whole adapted matrix in fp32 and its norm, to scale by
         mlp += 2 * FULL_BYTES * max((linear.weights for linear in architecture.linears), default=0)
     # When attention's turn comes, what the MLP had kept is gone.
@@ -232,6 +241,15 @@ def _attention_backward(architecture: Architecture, settings: MemorySettings) ->
     query, key = architecture.query_size, architecture.key_value_size
     fp32_sum = query * FULL_BYTES if settings.device == "cuda" else 0
     return settings.positions * ((2 * query + 2 * key) * settings.activation_bytes + fp32_sum)
+
+
+def _at_once(inner: int, architecture: Architecture, settings: MemorySettings) -> int:
+    """Bytes of an inner tensor of experts that work at the same time: all of them, or one after another."""
+    experts = architecture.experts
+    if experts is None:
+        return inner
+    together = inner * experts.per_token
+    return together // experts.count if settings.experts_in_turn else together
 
 
 def _keeps_product(architecture: Architecture, settings: MemorySettings) -> bool:

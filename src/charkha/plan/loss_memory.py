@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from charkha.plan.activations import norm_bytes
 from charkha.plan.architecture import Architecture
@@ -20,6 +20,16 @@ class HeadMemory:
     loss_forward: int
     loss_backward: int
     head_backward: int  # the logits' gradient, and what the head makes of it
+
+
+def with_the_loss_that_runs(settings: MemorySettings, architecture: Architecture) -> MemorySettings:
+    """Settings with the model's own loss where training calls it: mixtures of experts, and rows with virtual tokens.
+
+    See choose_loss in backends/torch/loss.py. In transformers 5 that loss peaks at 12 bytes a logit, measured.
+    """
+    if not architecture.experts and settings.method != "prompt_tuning":
+        return settings
+    return replace(settings, loss_head="full", loss_kernel="transformers_alone", trained_positions=None)
 
 
 def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:

@@ -213,8 +213,12 @@ def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, .
         notes.append("not measured on Apple GPUs")
     if settings.optimizer not in KNOWN_OPTIMIZERS:
         notes.append(f"optimizer {settings.optimizer} is counted as AdamW in 32 bits")
+    if architecture.learned_positions:
+        notes.append(f"{architecture.model_type}'s own dropout and activation function are not counted: it needs more")
+    if settings.quantization == "int8":
+        notes.append("int8: what its products keep is not counted, up to a quarter of the peak")
     if architecture.experts:
-        notes.append("tokens are counted as spread evenly over the experts, which stand in linear layers of their own")
+        notes.append("tokens are counted as spread evenly over the experts, which are quantized like linear layers")
     outside = targets_outside_layers(architecture, settings)
     if outside:
         notes.append(f"adapters on {', '.join(outside)} are counted by their weights at most")

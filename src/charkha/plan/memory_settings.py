@@ -57,6 +57,7 @@ class MemorySettings:
     fused_norms: bool = False  # kernels that keep a norm's 16-bit input, not its fp32 copy
     fused_mlp: bool = False  # kernels that keep gate and up and make their product again
     fused_lora: bool = False  # kernels whose adapters share the base's input
+    experts_in_turn: bool = False  # transformers before 5 ran one expert after another
     keys_repeated: bool = False  # older models repeat keys and values for every query head, whatever the kernel
     quantized_keeps_inputs: bool = False  # bitsandbytes before 0.43 kept what entered a frozen 4-bit layer
     modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter

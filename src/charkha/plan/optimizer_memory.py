@@ -44,5 +44,7 @@ def optimizer_memory(name: str, trained_bytes: int, device: str) -> OptimizerMem
     fused = "fused" in name or bitsandbytes or "ao" in name
     on_gpu = device == "cuda"
     foreach = 0.0 if fused or not on_gpu or family in ("sgd", "adagrad") else float(trained_bytes)
-    per_tensor = 0.0 if fused or on_gpu else 2.0 * trained_bytes  # the loop on a CPU makes two for one tensor
+    per_tensor = (
+        0.0 if fused or on_gpu or family == "sgd" else 2.0 * trained_bytes
+    )  # the loop on a CPU makes two for one tensor
     return OptimizerMemory(held, held if "paged" in name else 0.0, foreach, per_tensor, family is not None)

@@ -14,6 +14,7 @@ from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.device_memory import DeviceMemory
+from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory_settings import MemorySettings, Method, Strategy
 from charkha.plan.search import evaluate
 from charkha.training.choices import Chooser, DeviceFacts
@@ -99,6 +100,7 @@ def planned_settings(
         offload=_offload(config),
         workspace_bytes=_workspace(machine),
     )
+    settings = with_the_loss_that_runs(settings, architecture)
     settings = _shared_out(settings, config, architecture, machine, reasons)
     settings = _placed(settings, config, architecture, machine, reasons)
     notes = tuple(f"{choice.key}: {choice.value} ({choice.reason})" for choice in chooser.choices)
