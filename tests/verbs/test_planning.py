@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from charkha.cli.app import app
+from charkha.errors import EnvironmentProblem
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -48,7 +50,9 @@ def workshop(tmp_path: Path) -> Path:
 
 
 def plan(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
-    result = CliRunner().invoke(app, ["plan", str(folder / "charkha.yaml"), "--json", *arguments])
+    """The command's answer, in closed form unless `arguments` say otherwise."""
+    method = () if "--method" in arguments else ("--method", "closed_form")
+    result = CliRunner().invoke(app, ["plan", str(folder / "charkha.yaml"), "--json", *method, *arguments])
     assert result.exit_code == code, result.output
     record: dict[str, Any] = json.loads(result.stdout)
     return record
@@ -180,6 +184,57 @@ def test_wrong_questions_are_answered_with_what_to_change(workshop: Path, argume
     assert message in json.dumps(plan(workshop, *arguments, code=2)["error"])
 
 
+def traced(allocated: int, reserved: int) -> tuple[ModuleType, list[Any]]:
+    """A stand-in for the tracing backend, and what it was asked."""
+    asked: list[Any] = []
+    backend = ModuleType("charkha.backends.torch.trace")
+
+    def trace_memory(request: Any) -> Any:
+        asked.append(request)
+        if allocated < 0:
+            raise EnvironmentProblem("the model has no fake kernels")
+        return SimpleNamespace(
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            breakdown={"weights": allocated},
+            peak_moment="backward",
+        )
+
+    backend.trace_memory = trace_memory  # type: ignore[attr-defined]
+    return backend, asked
+
+
+def test_a_trace_is_the_authority_for_one_device(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, asked = traced(12 * 2**30, 13 * 2**30)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
+    assert (record["method"], record["peak_allocated_bytes"]) == ("trace", 12 * 2**30)
+    assert record["breakdown"] == {"weights": 12 * 2**30}
+    assert (asked[0].sequence_length, asked[0].quantization, asked[0].config["hidden_size"]) == (2048, "nf4", 4096)
+    assert plan(workshop, "--gpu", "rtx 4090", "--method", "closed_form")["method"] == "closed_form"
+    assert plan(workshop, "--gpu", "a100", "--gpu", "a100", "--method", "trace")["method"] == "closed_form"
+    assert len(asked) == 1
+
+
+def test_a_trace_that_finds_more_than_the_card_has_is_no_fit(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = traced(30 * 2**30, 31 * 2**30)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    assert plan(workshop, "--gpu", "rtx 4090", "--method", "trace", code=3)["fits"] is False
+
+
+def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, _ = traced(-1, 0)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
+    assert record["method"] == "closed_form"
+    assert any("no fake kernels" in reason for reason in record["reasons"])
+
+
 def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
     answers = [
         plan(workshop, "--gpu", "rtx 4090", "--buy-or-rent", "--hours-per-day", hours)["buy_or_rent"]
@@ -191,7 +246,8 @@ def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
 
 
 def test_a_person_is_shown_the_verdict_the_terms_and_the_money(workshop: Path) -> None:
-    result = CliRunner().invoke(app, ["plan", str(workshop / "charkha.yaml"), "--gpu", "rtx 4090"])
+    arguments = ["plan", str(workshop / "charkha.yaml"), "--gpu", "rtx 4090", "--method", "closed_form"]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     for text in ("fits on RTX 4090", "base weights", "kWh", "INR", "fastest"):
         assert text in result.output

@@ -28,7 +28,7 @@ from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
 from charkha.units import format_bytes
 from charkha.verbs.planned_settings import Rows, chooser_of, planned_settings
-from charkha.verbs.planned_trace import TracedPeak, traced_peak
+from charkha.verbs.planned_trace import Traced, traced_peak
 
 _NO_CONFIG = "put the model's config.json there"
 PlanMethod = Literal["trace", "closed_form"]
@@ -70,9 +70,12 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     rows, notes = _rows(loaded, base, max_length)
     planned = planned_settings(loaded.config, chooser, architecture, machine, rows)
     found = evaluate(architecture, planned.settings, machine)
-    traced = traced_peak(planned.settings, loaded.config, base.folder) if wish.method == "trace" else None
-    record = _record(loaded.config, architecture, machine, rows, found, traced)
-    record["reasons"] = [*planned.reasons, *notes, *_why_closed_form(wish, traced), *found.preview.notes]
+    traced = Traced("the closed form was asked for")
+    if wish.method == "trace":
+        traced = traced_peak(planned.settings, loaded.config, base.config, machine)
+    record = _record(loaded.config, architecture, machine, rows, found, None if traced.why_not else traced)
+    record["reasons"] = [*planned.reasons, *notes]
+    record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
     record["reasons"] += _verdicts(record, found, machine)
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
     if wish.buy_or_rent:
@@ -172,7 +175,7 @@ def _record(
     machine: Machine,
     rows: Rows,
     found: Candidate,
-    traced: TracedPeak | None,
+    traced: Traced | None,
 ) -> dict[str, Any]:
     settings, memory = found.settings, found.memory
     allocated = traced.allocated_bytes if traced else memory.allocated
@@ -197,8 +200,8 @@ def _record(
         "peak_device_bytes": reserved + memory.context,
         "least_device_bytes": memory.least,
         "device_limit_bytes": found.limit_bytes or None,
-        "breakdown": dict(traced.breakdown or found.preview.breakdown) if traced else found.preview.breakdown,
-        "peak_moment": found.preview.peak_moment,
+        "breakdown": dict(traced.breakdown or {}) if traced else found.preview.breakdown,
+        "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
         "moments": found.preview.moments,
         "trainable_parameters": found.preview.trainable_parameters,
         "total_parameters": architecture.parameters,
@@ -258,15 +261,12 @@ def _settings_record(settings: MemorySettings) -> dict[str, Any]:
     return asdict(settings) | {"offload": sorted(settings.offload)}
 
 
-def _why_closed_form(wish: PlanWish, traced: TracedPeak | None) -> list[str]:
-    if traced is not None or wish.method == "closed_form":
-        return []
-    return ["method: closed_form (the step is not traced: several devices, no base folder, or no tracing backend)"]
-
-
 def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
     """What does not fit, by how much; and host memory beside the usual rule where it is known."""
     said = []
+    if found.settings.lengths_vary and record["method"] == "closed_form" and machine.device == "cuda":
+        outgrown = format_bytes(found.memory.fragmentation)
+        said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")
     least, limit = found.memory.least, found.limit_bytes
     if limit and least > limit:
         said.append(f"does not fit: {format_bytes(least)} is the least, {machine.name} has {format_bytes(limit)} each")
