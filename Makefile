@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing|transformers/models)/' .venv/lib || true
 SETUP := pyproject.toml requirements.lock tools/install_torch.py
 
-.PHONY: quickstart setup setup-dev test test-long support-table fault-tools test-gpu lint types format lock clean
+.PHONY: quickstart setup setup-dev test test-long support-table claims fault-tools test-gpu lint types format lock clean
 .DELETE_ON_ERROR:
 
 quickstart: setup
@@ -60,6 +60,10 @@ support-table: setup-dev
 	rm -rf build/cells && mkdir -p build/cells
 	$(BIN)/python -m pytest -n $(WORKERS) -m long tests/matrix --record-cells build/cells
 	$(BIN)/python tools/support_table.py build/cells
+
+# Asks the planner about well-known claims and writes docs/claims.md.
+claims: setup-dev
+	$(BIN)/python tools/claims.py
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu

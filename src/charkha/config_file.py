@@ -88,9 +88,10 @@ class LoadedConfig:
         return self.path.parent
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> LoadedConfig:
+def load_config(path: Path, overrides: list[str] | None = None, *, to_plan: bool = False) -> LoadedConfig:
     """The config in `path` with `section.key=value` overrides applied.
 
+    `to_plan` lets values pass that training does not carry out yet: a plan can tell what they would need.
     Raises ConfigError listing every problem with line, dotted key and, for a misspelt key, the nearest valid one.
     """
     reading = _Reading()
@@ -98,7 +99,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> LoadedConfig:
     _merge(raw, _resolve_aliases(_parse_overrides(overrides or [], reading), reading), reading)
     _expand_qlora(raw, reading)
     config = _validate(raw, reading)
-    if config is not None and not reading.problems:
+    if config is not None and not reading.problems and not to_plan:
         for key, value, works in unsupported(config):
             reading.problem(key, f"{value!r} is not carried out by this version", f"what works: {works}")
     if config is None or reading.problems:

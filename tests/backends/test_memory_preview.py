@@ -16,6 +16,7 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, Order, StepPlan  #
 from charkha.backends.torch import trainer  # noqa: E402
 from charkha.data.shards import Shard  # noqa: E402
 from charkha.plan.architecture import read_architecture  # noqa: E402
+from charkha.plan.loss_memory import with_the_loss_that_runs  # noqa: E402
 from charkha.plan.memory import MemoryPreview, preview_memory  # noqa: E402
 from charkha.plan.memory_settings import MemorySettings  # noqa: E402
 from charkha.store.checkpoints import CheckpointStore  # noqa: E402
@@ -132,7 +133,8 @@ def train_two_steps(case: Case, base: Path, work: Path, device: str = "cpu") -> 
 
 def predicted(case: Case, base: Path, device: str = "cpu") -> MemoryPreview:
     config = json.loads((base / "config.json").read_text())
-    return preview_memory(read_architecture(config), case.memory_settings(device))
+    architecture = read_architecture(config)
+    return preview_memory(architecture, with_the_loss_that_runs(case.memory_settings(device), architecture))
 
 
 def with_and_without_checkpointing(*settings: dict[str, Any], **case: Any) -> list[Case]:
@@ -144,6 +146,8 @@ def with_and_without_checkpointing(*settings: dict[str, Any], **case: Any) -> li
 
 
 CHECKPOINTED = {"gradient_checkpointing": True}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ON_ATTENTION = LORA_BF16 | {"target_modules": ("q_proj", "v_proj")}
 # A large vocabulary puts the peak into the loss, a small one into the layers.
 CASES = [
     *with_and_without_checkpointing(LORA_FP32, LORA_BF16, FULL_FP32, NF4_BF16),
@@ -154,6 +158,14 @@ CASES = [
     Case(vocabulary=512, settings=LORA_FP32, lengths=(256, 250, 130)),
     Case(settings=FULL_FP32 | {"accumulation_steps": 2}, lengths=(32,), shape={"tie_word_embeddings": True}),
     Case(settings=LORA_BF16 | CHECKPOINTED | {"loss_head": "chunked"}),
+    Case(vocabulary=512, settings=LORA_BF16 | {"method": "dora"}),
+    Case(vocabulary=512, settings=LORA_BF16 | CHECKPOINTED | {"method": "dora"}),
+    Case(vocabulary=512, settings=LORA_BF16 | CHECKPOINTED | {"method": "ia3"}),
+    Case(vocabulary=512, settings=LORA_BF16 | {"method": "prompt_tuning", "num_virtual_tokens": 20}),
+    Case(vocabulary=512, settings=LORA_BF16 | {"quantization": "fp4"}),
+    Case("mixtral", vocabulary=512, settings=ON_ATTENTION, shape=EXPERTS),
+    Case("mixtral", vocabulary=512, settings=ON_ATTENTION | CHECKPOINTED, shape=EXPERTS),
+    Case(vocabulary=512, settings=FULL_FP32 | {"optimizer": "rmsprop"}, lengths=(16,)),
 ]
 
 

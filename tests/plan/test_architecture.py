@@ -9,9 +9,9 @@ import pytest
 
 from charkha.errors import EnvironmentProblem
 from charkha.plan.architecture import UnknownArchitecture, read_architecture
+from charkha.plan.popular_models import popular_config, popular_ids
 
 SHARED_CONFIGS = Path(__file__).resolve().parents[3] / "shared/model_configs"
-NOT_COVERED = {"gemma3", "gpt_oss"}  # with a vision tower; sinks and packed experts
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -26,7 +26,7 @@ def real_configs():
     if not SHARED_CONFIGS.exists():
         return {}
     found = {path.parent.name: json.loads(path.read_text()) for path in SHARED_CONFIGS.glob("*/config.json")}
-    return {name: config for name, config in sorted(found.items()) if config["model_type"] not in NOT_COVERED}
+    return dict(sorted(found.items()))
 
 
 @pytest.mark.skipif(not SHARED_CONFIGS.exists(), reason="the shared model configs are not here")
@@ -34,7 +34,7 @@ def test_parameter_counts_equal_the_models_built_by_transformers():
     expected = json.loads((SHARED_CONFIGS / "expected_params.json").read_text())
     configs = real_configs()
     counted = {name: read_architecture(config).parameters for name, config in configs.items()}
-    assert len(counted) >= 50
+    assert len(counted) == len(expected)
     assert counted == {name: expected[name]["parameters"] for name in counted}
 
 
@@ -97,3 +97,48 @@ def test_what_cannot_be_described_is_refused_by_name(config, message):
     with pytest.raises(UnknownArchitecture, match=message) as caught:
         read_architecture(config)
     assert isinstance(caught.value, EnvironmentProblem)
+
+
+@pytest.mark.skipif(not SHARED_CONFIGS.exists(), reason="the shared model configs are not here")
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("mistralai--Mixtral-8x7B-v0.1", 12.9), ("Qwen--Qwen3-30B-A3B", 3.35), ("openai--gpt-oss-20b", 4.2)],
+)
+def test_a_token_meets_only_the_experts_that_it_is_sent_to(name, billions):
+    model = read_architecture(real_configs()[name])
+    assert model.active_parameters / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_a_dense_model_is_active_as_a_whole():
+    model = read_architecture(LLAMA)
+    assert model.active_parameters == model.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("Qwen/Qwen-14B-Chat", 14_167_290_880),
+        ("THUDM/chatglm3-6b", 6_243_584_000),
+        ("baichuan-inc/Baichuan2-7B-Chat", 7_505_973_248),
+        ("meta-llama/Llama-3.1-405B-Instruct", 405_853_388_800),
+        ("google/gemma-7b", 8_537_680_896),
+        ("gpt2", 124_439_808),
+    ],
+)
+def test_popular_models_are_known_without_a_download(name, published):
+    config = popular_config(name.upper())
+    assert config is not None
+    assert read_architecture(config).parameters == published
+
+
+def test_every_popular_model_can_be_read():
+    assert all(read_architecture(popular_config(name)).parameters > 10**6 for name in popular_ids())
+    assert popular_config("nobody/nothing") is None
+
+
+@pytest.mark.skipif(not SHARED_CONFIGS.exists(), reason="the shared model configs are not here")
+def test_the_table_of_popular_models_counts_as_the_configs_do():
+    for name, config in real_configs().items():
+        known = popular_config(name.replace("--", "/"))
+        if known is not None:
+            assert read_architecture(known).parameters == read_architecture(config).parameters, name

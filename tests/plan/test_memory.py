@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from charkha.plan.architecture import UnknownArchitecture, read_architecture
+from charkha.plan.architecture import read_architecture
+from charkha.plan.device_memory import device_memory, host_memory_bytes
 from charkha.plan.memory import preview_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.weights import adapter_parameters, base_weight_bytes, nf4_bytes
@@ -128,16 +129,142 @@ def test_agrees_with_the_trace_of_the_real_model():
     assert preview.peak_bytes - preview.breakdown["workspace"] + logits == pytest.approx(19.384 * 2**30, rel=0.002)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "mixtral", "num_local_experts": 4}, {"model_type": "qwen3_moe"}])
-def test_mixtures_of_experts_have_no_preview(changes):
-    config = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "moe_intermediate_size": 32,
-        "num_experts": 4,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 1000,
+MIXTRAL = read_architecture(
+    {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
     }
-    with pytest.raises(UnknownArchitecture, match="no memory preview"):
-        preview_memory(read_architecture(config | changes), QLORA)
+)
+
+
+def test_a_mixture_holds_every_expert_and_keeps_activations_of_those_that_a_token_meets():
+    settings = dataclasses.replace(QLORA, target_modules=("q_proj", "v_proj"), gradient_checkpointing=False)
+    dense = dataclasses.replace(MIXTRAL, experts=None)
+    mixture, alone = preview_memory(MIXTRAL, settings), preview_memory(dense, settings)
+    assert mixture.breakdown["base_weights"] > 0.5 * 45e9
+    assert 1.3 < mixture.breakdown["activations"] / alone.breakdown["activations"] < 2.5
+    assert any("experts" in note for note in mixture.notes)
+
+
+def test_4_bit_weights_without_double_quantization_take_half_a_byte_and_a_sixteenth():
+    assert nf4_bytes(2**20, double_quantization=False) == 2**19 + 2**16 + 64
+
+
+@pytest.mark.parametrize(("quantization", "bytes_a_weight"), [("int8", 1.0), ("fp4", 0.516), ("nf4", 0.516)])
+def test_each_quantizer_has_its_constants(quantization, bytes_a_weight):
+    linears = LLAMA_8B.layers * LLAMA_8B.linear_weights
+    held = base_weight_bytes(LLAMA_8B, dataclasses.replace(QLORA, quantization=quantization))
+    assert (held - 2 * (LLAMA_8B.parameters - linears)) / linears == pytest.approx(bytes_a_weight, abs=0.002)
+
+
+def test_upcasting_what_is_not_quantized_doubles_it_and_the_stream():
+    more = preview_memory(LLAMA_8B, dataclasses.replace(QLORA, upcast_unquantized=True)).moments
+    less = preview_memory(LLAMA_8B, QLORA).moments
+    unquantized = LLAMA_8B.parameters - LLAMA_8B.layers * LLAMA_8B.linear_weights
+    kept = LLAMA_8B.layers * 2048 * 4096 * 2
+    assert more["optimizer step"] - less["optimizer step"] == 2 * unquantized
+    assert more["loss"] - less["loss"] >= 2 * unquantized + kept
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "states"),
+    [
+        ("adamw_torch_fused", 8), ("adamw_8bit", 2.03), ("paged_adamw_8bit", 0), ("paged_adamw_32bit", 0),
+        ("sgd", 0), ("lion_32bit", 4), ("ademamix", 12), ("adafactor", 0.08), ("rmsprop", 4),
+    ],
+)  # fmt: skip
+def test_states_of_each_optimizer(optimizer, states):
+    breakdown = preview_memory(LLAMA_8B, dataclasses.replace(FULL, optimizer=optimizer)).breakdown
+    assert breakdown.get("optimizer_states", 0) / LLAMA_8B.parameters == pytest.approx(states, abs=0.01)
+
+
+def test_shards_hold_their_part_and_gather_a_layer_at_a_time():
+    alone = preview_memory(LLAMA_8B, FULL)
+    for strategy, parts in (("fsdp", 8), ("deepspeed_zero3", 8)):
+        sharded = preview_memory(LLAMA_8B, dataclasses.replace(FULL, strategy=strategy, processes=parts))
+        assert sharded.breakdown["optimizer_states"] <= alone.breakdown["optimizer_states"] // parts * 1.5 + 8
+        assert sharded.peak_bytes < alone.peak_bytes / 3
+    pure = dataclasses.replace(FULL, trained_dtype="bf16", mixed_precision=False, optimizer="adamw_torch")
+    step = preview_memory(LLAMA_8B, dataclasses.replace(pure, strategy="fsdp", processes=2)).moments["optimizer step"]
+    assert step == pytest.approx(5 * LLAMA_8B.parameters, rel=0.002)  # 10 bytes a parameter, by two
+
+
+def test_zero_stages_shard_more_and_more():
+    peaks = [
+        preview_memory(LLAMA_8B, dataclasses.replace(FULL, tokens=64, strategy=strategy, processes=4)).peak_bytes
+        for strategy in ("ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
+    assert peaks[0] > preview_memory(LLAMA_8B, FULL).peak_bytes  # buckets
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "parameters", "activations"])
+def test_what_is_offloaded_is_gone_from_the_card(offload):
+    settings = dataclasses.replace(FULL, strategy="fsdp", processes=2, rows=8, padded=False)
+    away = dataclasses.replace(settings, offload=frozenset({offload}))
+    assert preview_memory(LLAMA_8B, away).peak_bytes < preview_memory(LLAMA_8B, settings).peak_bytes
+    assert host_memory_bytes(LLAMA_8B, away, 0) > host_memory_bytes(LLAMA_8B, settings, 0)
+
+
+def test_a_streamed_base_leaves_two_layers_on_the_card():
+    settings = dataclasses.replace(QLORA, streamed=True)
+    held = preview_memory(LLAMA_8B, settings).breakdown["base_weights"]
+    rest = 2 * (LLAMA_8B.embedding_parameters + LLAMA_8B.head_parameters + 4096)
+    layer = LLAMA_8B.linear_weights * 4.127 / 8 + 2 * 2 * 4096
+    assert held == pytest.approx(rest + 2 * layer, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("changes", "published_gib"),
+    [
+        ({"rows": 4}, 24.87),
+        ({"rows": 8}, 36.08),
+        ({"rows": 4, "loss_kernel": "in_place", "fused_norms": True}, 22.79),
+        ({"rows": 4, "quantization": "nf4"}, 15.25),
+    ],
+)
+def test_published_runs_on_an_a100(changes, published_gib):
+    """Mistral-7B, LoRA r 16 on attention, 4096 tokens: torch's peak as IBM's fms-acceleration published it."""
+    settings = MemorySettings(
+        **{
+            "dtype": "bf16", "tokens": 4096, "padded": False, "attention": "flash_attention_2",
+            "gradient_checkpointing": True, "reentrant": True, "mixed_precision": False, "lora_dropout": 0.05,
+            "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), "optimizer": "adamw_torch",
+            "loss_kernel": "transformers", "workspace_bytes": 2 * 8_519_680, **changes,
+        }
+    )  # fmt: skip
+    mistral = dataclasses.replace(MIXTRAL, experts=None, linears=(*MIXTRAL.linears, *_mlp(4096, 14336)))
+    assert preview_memory(mistral, settings).peak_bytes / 2**30 == pytest.approx(published_gib, rel=0.005)
+
+
+def _mlp(hidden, inner):
+    from charkha.plan.layers import Linear
+
+    return (
+        Linear("mlp.gate_proj", hidden, inner, "mlp_in"),
+        Linear("mlp.up_proj", hidden, inner, "mlp_in"),
+        Linear("mlp.down_proj", inner, hidden, "mlp_inner"),
+    )
+
+
+def test_the_card_holds_more_than_live_tensors_and_the_cache_gives_way_at_the_limit():
+    preview = preview_memory(LLAMA_8B, dataclasses.replace(QLORA, rows=4))
+    free = device_memory(preview, QLORA, None)
+    assert free.allocated < free.reserved < free.device
+    tight = device_memory(preview, QLORA, free.least)
+    assert tight.allocated <= tight.reserved < free.reserved
+    assert tight.device <= free.least
+
+
+def test_a_cpu_has_no_context_and_no_cache():
+    settings = dataclasses.replace(QLORA, device="cpu")
+    memory = device_memory(preview_memory(LLAMA_8B, settings), settings, None)
+    assert memory.allocated == memory.device == memory.least

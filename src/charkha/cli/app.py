@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Checks driver, CUDA, GPUs, memory, disk, UPS, sensors and offline state."),
     "init": ("init", "Writes a commented charkha.yaml for a model and data."),
     "fetch": ("fetch", "Brings a base model to this machine: resumable, pinned, safetensors only."),
+    "plan": ("plan", "Memory, time, energy and money of a run before it starts, on this machine or another."),
     "data": ("data", "Inspects, prepares, scans and previews training data."),
     "train": ("train", "Trains; run it again to go on after any stop."),
     "runs": ("runs", "Lists runs and where each stands."),

@@ -105,6 +105,13 @@ class Nvml:
             lost=lost,
         )
 
+    def memory_bytes(self, index: int) -> int | None:
+        """All memory of GPU `index`, as the driver counts it; None where it does not say."""
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle(index)).total)
+        except self._nvml.NVMLError:
+            return None
+
     def limits(self, index: int) -> GpuLimits:
         """What GPU `index` says of its temperatures and its power."""
         nvml, handle = self._nvml, self._handle(index)

@@ -27,10 +27,12 @@ class LayerMemory:
     forward_temporaries: int  # beside `saved`, where the layer's forward needs most
     backward_temporaries: int
 
+    kept: int  # of the layer by checkpointing: its input, and with selective checkpointing some of what was made
+
     @property
     def recomputed(self) -> int:
         """Bytes beside the checkpoint while the layer is run again and its gradients are taken."""
-        again = self.saved - (self.input if self.input_is_saved else 0)
+        again = self.saved - (self.kept if self.input_is_saved else self.kept - self.input)
         return again + max(self.forward_temporaries, self.backward_temporaries)
 
 
@@ -42,11 +44,14 @@ def layer_memory(architecture: Architecture, settings: MemorySettings) -> LayerM
         + _attention(architecture, settings)
         + _mlp(architecture, settings)
         + _linear_inputs(architecture, settings)
+        + _adapter_outputs(architecture, settings)
         + copies
     )
+    entering = settings.positions * architecture.hidden_size * settings.residual_bytes
     return LayerMemory(
         saved=saved,
-        input=settings.positions * architecture.hidden_size * settings.residual_bytes,
+        input=entering,
+        kept=entering + (_selectively_kept(architecture, settings) if settings.selective else 0),
         input_is_saved=norm_bytes(architecture, settings) == settings.residual_bytes,
         weight_copies=copies,
         forward_temporaries=_forward_temporaries(architecture, settings),
@@ -56,8 +61,35 @@ def layer_memory(architecture: Architecture, settings: MemorySettings) -> LayerM
 
 def norm_bytes(architecture: Architecture, settings: MemorySettings) -> int:
     """Per element of a norm's input as it is kept: RMSNorm upcasts by itself, LayerNorm under CUDA's autocast."""
+    if settings.fused_norms:
+        return settings.residual_bytes
     upcasts = architecture.final_norm.kind == "rms" or (settings.autocast and settings.device == "cuda")
     return FULL_BYTES if upcasts else settings.residual_bytes
+
+
+def _selectively_kept(architecture: Architecture, settings: MemorySettings) -> int:
+    """Attention's output and every second matrix product: query, value, gate and down (torchtitan's per-op policy)."""
+    kept = 2 * architecture.query_size + architecture.key_value_size
+    kept += architecture.intermediate_size + architecture.hidden_size
+    return kept * settings.positions * settings.activation_bytes
+
+
+def _adapter_outputs(architecture: Architecture, settings: MemorySettings) -> int:
+    """What DoRA and IA3 keep of every adapted product: they scale it by a trained vector."""
+    targets = adapter_targets(architecture, settings)
+    if settings.method == "dora":  # the base's product and the adapter's, both multiplied by the magnitude
+        return settings.positions * sum(linear.outputs for linear in targets) * 2 * settings.activation_bytes
+    if settings.method == "ia3":  # products as they were; before the MLP's last linear the scaled input, in fp32
+        scaled = sum(linear.outputs for linear in targets if linear.reads != "mlp_inner") * settings.activation_bytes
+        inner = sum(linear.inputs for linear in targets if linear.reads == "mlp_inner") * FULL_BYTES
+        return settings.positions * (scaled + inner)
+    return 0
+
+
+def _scaling_gradients(architecture: Architecture, settings: MemorySettings) -> int:
+    """Gradients in fp32 of what DoRA and IA3 multiply by their fp32 vectors, while the MLP's are made."""
+    count = {"dora": 3, "ia3": 2}.get(settings.method, 0) if settings.autocast else 0
+    return count * settings.positions * architecture.intermediate_size * FULL_BYTES
 
 
 def _norms(architecture: Architecture, settings: MemorySettings) -> int:
@@ -68,7 +100,9 @@ def _norms(architecture: Architecture, settings: MemorySettings) -> int:
     heads = settings.positions * (architecture.query_size + architecture.key_value_size)
     if architecture.query_key_norms:
         saved += heads * FULL_BYTES
-    if settings.method == "full" and architecture.final_norm.kind == "rms":  # a scale's gradient needs what it scales
+    trains_norms = settings.method in ("full", "norms")
+    if trains_norms and architecture.final_norm.kind == "rms" and not settings.fused_norms:
+        # A scale's gradient needs what it scales.
         saved += count * hidden * settings.residual_bytes
         saved += heads * settings.activation_bytes if architecture.query_key_norms else 0
     return saved
@@ -79,7 +113,8 @@ def _attention(architecture: Architecture, settings: MemorySettings) -> int:
     width = settings.activation_bytes * settings.positions
     query, key = width * architecture.query_size, width * architecture.key_value_size
     masked = settings.attention == "sdpa" and settings.has_padding
-    repeated = architecture.heads != architecture.kv_heads and (masked or settings.attention == "eager")
+    repeats = masked or settings.attention == "eager" or settings.keys_repeated
+    repeated = architecture.heads != architecture.kv_heads and repeats
     value = query if repeated else key
     if architecture.fused_projections and not repeated:
         value = query + 2 * key  # the value is a view of the whole projection, which stays alive with it
@@ -100,9 +135,16 @@ def _scores(architecture: Architecture, settings: MemorySettings) -> int:
 
 
 def _mlp(architecture: Architecture, settings: MemorySettings) -> int:
-    """Gate, its activation and up; without a gate what enters the activation. The inner product is a linear's input."""
-    kept = 3 if architecture.gated_mlp else 1
-    return kept * settings.positions * architecture.intermediate_size * settings.activation_bytes
+    """Gate, its activation and up; without a gate what enters the activation. The inner product is a linear's input.
+
+    A mixture keeps that for every expert that a token is sent to, and each expert's output, which is weighted.
+    """
+    kept = (2 if settings.fused_mlp else 3) if architecture.gated_mlp else 1
+    inner = kept * architecture.intermediate_size * settings.activation_bytes
+    if not architecture.experts:
+        return settings.positions * inner
+    outputs = architecture.hidden_size * settings.activation_bytes
+    return settings.positions * architecture.experts.per_token * (inner + outputs)
 
 
 def _linear_inputs(
@@ -111,26 +153,44 @@ def _linear_inputs(
     """Inputs of linear layers that are trained or have an adapter, dropout masks, and what lies between A and B."""
     targets = [linear for linear in adapter_targets(architecture, settings) if linear.reads in streams]
     every = [linear for linear in architecture.linears if linear.reads in streams]
-    trained = every if settings.method == "full" else targets
+    trained = every if settings.is_full else targets if settings.method in ("lora", "dora") else []
     own = [linear for linear in trained if _has_own_copy(linear, settings)]
     shared = {linear.reads: linear.inputs for linear in trained if linear not in own}
+    if settings.quantization != "none" and settings.quantized_keeps_inputs:
+        shared = {linear.reads: linear.inputs for linear in every}
     if settings.attention != "eager" and not architecture.fused_projections:
         shared.pop("attention_out", None)  # the attention kernel keeps that tensor already
-    elements = sum(linear.inputs for linear in own) + sum(shared.values()) + settings.r * len(targets)
+    between = settings.r * len(targets) if settings.method in ("lora", "dora") else 0
+    elements = sum(linear.inputs for linear in own) * _copy_bytes(settings)
+    if settings.fused_lora:  # one function of query, key and value keeps what enters it beside each adapter's copy
+        shared["attention_in"] = architecture.hidden_size
+    elements += (sum(shared.values()) + between) * settings.activation_bytes
+    if settings.is_full and architecture.experts and "mlp_in" in streams:
+        per_token = architecture.experts.per_token
+        elements += per_token * (architecture.hidden_size + architecture.intermediate_size) * settings.activation_bytes
     masks = sum(linear.inputs for linear in targets) * _mask_bytes(settings)
-    return settings.positions * (elements * settings.activation_bytes + masks)
+    return settings.positions * (elements + masks)
 
 
 def _has_own_copy(linear: Linear, settings: MemorySettings) -> bool:
-    """Whether the input is copied for this linear alone: cast from fp32 (autocast keeps no casts), or dropped out."""
-    if settings.method == "full":
+    """Whether the input is copied for this linear alone: cast (autocast keeps no casts, PEFT casts to fp32 adapters),
+    or dropped out.
+    """
+    if settings.is_full:
         return settings.autocast and linear.reads in ("attention_in", "mlp_in")  # outputs of norms are fp32
-    return settings.autocast or settings.lora_dropout > 0
+    casts = settings.is_narrow and settings.trained_dtype == "fp32"
+    return settings.autocast or casts or settings.lora_dropout > 0
+
+
+def _copy_bytes(settings: MemorySettings) -> int:
+    """Per element of an input copied for one adapter: of the product's type, which is fp32 without autocast."""
+    outside_autocast = settings.is_narrow and not settings.autocast and not settings.is_full
+    return settings.trained_bytes if outside_autocast else settings.activation_bytes
 
 
 def _mask_bytes(settings: MemorySettings) -> int:
     """Per element of a dropout mask: torch keeps booleans on a GPU, the input's own type (fp32) on a CPU."""
-    if settings.method == "full" or settings.lora_dropout == 0:
+    if settings.method not in ("lora", "dora") or settings.lora_dropout == 0 or settings.fused_lora:
         return 0
     return FULL_BYTES if settings.device == "cpu" else 1
 
@@ -139,10 +199,12 @@ def _forward_temporaries(architecture: Architecture, settings: MemorySettings) -
     """At the last linear of the MLP, when all else is saved: its input, PEFT's fp32 copy of it, and three hiddens."""
     inner = settings.positions * architecture.intermediate_size
     targets = adapter_targets(architecture, settings)
-    has_adapter = any(linear.reads == "mlp_inner" for linear in targets)
+    has_adapter = settings.method in ("lora", "dora") and any(linear.reads == "mlp_inner" for linear in targets)
     hidden = 3 * settings.positions * architecture.hidden_size * settings.residual_bytes
-    if settings.method == "full":
+    if settings.is_full:
         return hidden
+    if architecture.experts:
+        inner = _at_once(inner, architecture, settings)
     kept_as_it_is = has_adapter and not settings.autocast and settings.lora_dropout == 0
     cast = FULL_BYTES if has_adapter and settings.autocast else 0
     cast *= 2 if settings.lora_dropout > 0 else 1  # before and after dropout
@@ -153,11 +215,20 @@ def _backward_temporaries(architecture: Architecture, settings: MemorySettings) 
     """The larger of MLP and attention: gradients beside what is saved, an unpacked NF4 matrix, a weight's gradient."""
     width = settings.activation_bytes
     inner = settings.positions * architecture.intermediate_size * width
+    if architecture.experts:
+        inner = _at_once(inner, architecture, settings)
     hidden = settings.positions * architecture.hidden_size * width
     unpacked = width * max((linear.weights for linear in architecture.linears), default=0)
-    mlp = max(2 * inner, inner + hidden + (unpacked if settings.quantization == "nf4" else 0))
-    if settings.method == "full":
+    # Gradients of the inner product, of gate's activation and of up; by then the product itself is gone if it was kept.
+    at_product = (3 if architecture.gated_mlp else 2) * inner
+    if _keeps_product(architecture, settings):
+        at_product -= inner
+    mlp = max(at_product, inner + hidden + (unpacked if settings.quantization != "none" else 0))
+    if settings.is_full and not architecture.experts:
         mlp += width * architecture.intermediate_size * architecture.hidden_size
+    mlp += _scaling_gradients(architecture, settings)
+    if settings.method == "dora":  # the whole adapted matrix in fp32 and its norm, to scale by
+        mlp += 2 * FULL_BYTES * max((linear.weights for linear in architecture.linears), default=0)
     # When attention's turn comes, what the MLP had kept is gone.
     freed = _mlp(architecture, settings) + _linear_inputs(architecture, settings, ("mlp_in", "mlp_inner"))
     return max(mlp, _attention_backward(architecture, settings) - freed)
@@ -170,3 +241,20 @@ def _attention_backward(architecture: Architecture, settings: MemorySettings) ->
     query, key = architecture.query_size, architecture.key_value_size
     fp32_sum = query * FULL_BYTES if settings.device == "cuda" else 0
     return settings.positions * ((2 * query + 2 * key) * settings.activation_bytes + fp32_sum)
+
+
+def _at_once(inner: int, architecture: Architecture, settings: MemorySettings) -> int:
+    """Bytes of an inner tensor of experts that work at the same time: all of them, or one after another."""
+    experts = architecture.experts
+    if experts is None:
+        return inner
+    together = inner * experts.per_token
+    return together // experts.count if settings.experts_in_turn else together
+
+
+def _keeps_product(architecture: Architecture, settings: MemorySettings) -> bool:
+    """Whether the MLP's inner product is kept for the backward pass of what reads it."""
+    if settings.is_full:
+        return True
+    targets = adapter_targets(architecture, settings)
+    return settings.method in ("lora", "dora") and any(linear.reads == "mlp_inner" for linear in targets)

@@ -1,7 +1,8 @@
 """What a base model is made of, read from its config.json: shapes and exact parameter counts, no weights, no torch.
 
-Covered: Llama and everything of that type (Yi, SmolLM2, TinyLlama), Mistral, Qwen2/2.5/3, Gemma 1-3 (text), Phi-3 and
-phi-4, Falcon, GPT-NeoX, GPT-2, Mixtral, Qwen3-MoE. Key names and defaults are those of transformers 5.23.
+Covered: Llama and everything of that type (Yi, SmolLM2, TinyLlama), Mistral, Qwen2/2.5/3, Gemma 1-3, Phi-3 and phi-4,
+Falcon, GPT-NeoX, GPT-2, Mixtral, Qwen3-MoE, gpt-oss, and the dialects of dialects.py. Key names and defaults are those
+of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from charkha.errors import EnvironmentProblem
+from charkha.plan.dialects import DIALECTS, in_known_words
 from charkha.plan.layers import Experts, Linear, Norm
 
 
@@ -46,6 +48,9 @@ class Architecture:
     logit_softcap: bool = False
     learned_positions: int = 0
     experts: Experts | None = None
+    attention_sinks: int = 0  # of one layer, a learned number per head
+    head_bias: bool = False
+    frozen_beside: int = 0  # parameters of a tower that text does not pass, such as vision
 
     @property
     def query_size(self) -> int:
@@ -60,8 +65,18 @@ class Architecture:
     @property
     def layer_parameters(self) -> int:
         """Parameters of one layer."""
+        return self._dense_layer_parameters + (self.experts.parameters if self.experts else 0)
+
+    @property
+    def _dense_layer_parameters(self) -> int:
         parts: tuple[Linear | Norm, ...] = (*self.linears, *self.norms, *self.query_key_norms)
-        return sum(part.parameters for part in parts) + (self.experts.parameters if self.experts else 0)
+        return sum(part.parameters for part in parts) + self.attention_sinks
+
+    @property
+    def linear_weights(self) -> int:
+        """Elements of one layer's matrices, all experts counted."""
+        experts = self.experts.count * self.experts.weights if self.experts else 0
+        return sum(linear.weights for linear in self.linears) + experts
 
     @property
     def embedding_parameters(self) -> int:
@@ -71,13 +86,24 @@ class Architecture:
     @property
     def head_parameters(self) -> int:
         """Parameters of the head that are not the embedding's."""
-        return 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+        bias = self.vocab_size if self.head_bias else 0
+        return bias if self.tied_embeddings else self.vocab_size * self.hidden_size + bias
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, tied weights once."""
         layers = self.layers * self.layer_parameters
-        return layers + self.embedding_parameters + self.head_parameters + self.final_norm.parameters
+        return layers + self._outside_layers + self.frozen_beside
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: of the experts only those that it is sent to."""
+        active = self.experts.active_parameters if self.experts else 0
+        return self.layers * (self._dense_layer_parameters + active) + self._outside_layers
+
+    @property
+    def _outside_layers(self) -> int:
+        return self.embedding_parameters + self.head_parameters + self.final_norm.parameters
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -85,13 +111,14 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
     Raises UnknownArchitecture for a type not covered and for a key that is missing or not a positive whole number.
     """
+    config = in_known_words(config)
     model_type = str(config.get("model_type"))
     reader = _READERS.get(model_type)
     if reader is None:
         raise UnknownArchitecture(
             f"model_type {model_type!r} is not one that charkha can plan for",
             where="config.json",
-            remedy=f"covered are {', '.join(sorted(_READERS))}; training does not need a plan",
+            remedy=f"covered are {', '.join(sorted({*_READERS, *DIALECTS}))}; training does not need a plan",
         )
     return reader(config)
 
@@ -109,6 +136,7 @@ def _read_llama_like(config: Mapping[str, Any]) -> Architecture:
         mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
         norms=("input_layernorm", "post_attention_layernorm"),
         query_key_norms=model_type in ("qwen3", "qwen3_moe"),
+        attention_sinks=model_type == "gpt_oss",
     )
 
 
@@ -127,7 +155,7 @@ def _read_gemma_2_or_3(config: Mapping[str, Any]) -> Architecture:
 
 
 def _read_mixture(config: Mapping[str, Any]) -> Architecture:
-    """Mixtral and Qwen3-MoE, whose every layer has experts."""
+    """Mixtral, Qwen3-MoE and gpt-oss, whose every layer has experts."""
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise UnknownArchitecture("layers with and without experts are mixed in this model", where="config.json")
     return _read_llama_like(config)
@@ -141,6 +169,7 @@ def _with_separate_projections(
     mlp_bias: bool,
     norms: tuple[str, ...],
     query_key_norms: bool,
+    attention_sinks: bool = False,
 ) -> Architecture:
     hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
     kv_heads = _whole(config, "num_key_value_heads", heads)
@@ -179,6 +208,8 @@ def _with_separate_projections(
         attention_softcap=_has_softcap(config, "attn_logit_softcapping"),
         logit_softcap=_has_softcap(config, "final_logit_softcapping"),
         experts=experts,
+        attention_sinks=heads if attention_sinks else 0,
+        frozen_beside=int(config.get("frozen_beside", 0)),
     )
 
 
@@ -236,13 +267,14 @@ def _read_falcon(config: Mapping[str, Any]) -> Architecture:
 
 
 def _read_gpt_neox(config: Mapping[str, Any]) -> Architecture:
+    """GPT-NeoX and Pythia; Phi 1 and 2 and MPT, with one norm or no biases."""
     return _with_fused_attention(
         config,
         kv_heads=_whole(config, "num_attention_heads"),
         inner=_whole(config, "intermediate_size"),
         names=("gpt_neox.layers", "attention.query_key_value", "attention.dense", "final_layer_norm"),
-        norms=("input_layernorm", "post_attention_layernorm"),
-        bias=(bool(config.get("attention_bias", True)), True),
+        norms=("input_layernorm",) if config.get("one_norm") else ("input_layernorm", "post_attention_layernorm"),
+        bias=(bool(config.get("attention_bias", True)), bool(config.get("mlp_bias", True))),
         parallel=bool(config.get("use_parallel_residual", True)),
     )
 
@@ -256,6 +288,8 @@ def _with_fused_attention(
     norms: tuple[str, ...],
     bias: tuple[bool, bool],
     parallel: bool,
+    mlp: tuple[str, str] = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    learned_positions: int = 0,
 ) -> Architecture:
     """LayerNorm, one projection to query, key and value, and an MLP without gate."""
     path, projection, output, final_norm = names
@@ -272,48 +306,38 @@ def _with_fused_attention(
         head_dim=head_dim,
         intermediate_size=inner,
         vocab_size=_whole(config, "vocab_size"),
-        max_positions=_positions(config),
+        max_positions=learned_positions or _positions(config),
         tied_embeddings=_tied(config),
         layers_path=path,
         linears=(
             Linear(projection, hidden, (heads + 2 * kv_heads) * head_dim, "attention_in", bias[0]),
             Linear(output, heads * head_dim, hidden, "attention_out", bias[0]),
-            Linear("mlp.dense_h_to_4h", hidden, inner, mlp_reads, bias[1]),
-            Linear("mlp.dense_4h_to_h", inner, hidden, "mlp_inner", bias[1]),
+            Linear(mlp[0], hidden, inner, mlp_reads, bias[1]),
+            Linear(mlp[1], inner, hidden, "mlp_inner", bias[1]),
         ),
         norms=tuple(Norm(name, hidden, "layer") for name in norms),
         final_norm=Norm(final_norm, hidden, "layer"),
         gated_mlp=False,
         fused_projections=True,
         parallel=parallel,
+        learned_positions=learned_positions,
+        head_bias=bool(config.get("head_bias", False)),
     )
 
 
 def _read_gpt2(config: Mapping[str, Any]) -> Architecture:
-    hidden, heads = _whole(config, "n_embd"), _whole(config, "n_head")
-    inner, positions = _whole(config, "n_inner", 4 * hidden), _whole(config, "n_positions")
-    return Architecture(
-        model_type="gpt2",
-        layers=_whole(config, "n_layer"),
-        hidden_size=hidden,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=_head_dim(config, hidden, heads),
-        intermediate_size=inner,
-        vocab_size=_whole(config, "vocab_size"),
-        max_positions=positions,
-        tied_embeddings=_tied(config),
-        layers_path="transformer.h",
-        linears=(
-            Linear("attn.c_attn", hidden, 3 * hidden, "attention_in", True),
-            Linear("attn.c_proj", hidden, hidden, "attention_out", True),
-            Linear("mlp.c_fc", hidden, inner, "mlp_in", True),
-            Linear("mlp.c_proj", inner, hidden, "mlp_inner", True),
-        ),
-        norms=(Norm("ln_1", hidden, "layer"), Norm("ln_2", hidden, "layer")),
-        final_norm=Norm("ln_f", hidden, "layer"),
-        gated_mlp=False,
-        fused_projections=True,
+    """GPT-2, and gpt_bigcode, whose heads may share one key and value."""
+    hidden, heads, positions = (_whole(config, key) for key in ("n_embd", "n_head", "n_positions"))
+    words = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": _whole(config, "n_layer")}
+    return _with_fused_attention(
+        {**config, **words},
+        kv_heads=1 if config["model_type"] == "gpt_bigcode" and config.get("multi_query", True) else heads,
+        inner=_whole(config, "n_inner", 4 * hidden),
+        names=("transformer.h", "attn.c_attn", "attn.c_proj", "ln_f"),
+        norms=("ln_1", "ln_2"),
+        bias=(True, True),
+        parallel=False,
+        mlp=("mlp.c_fc", "mlp.c_proj"),
         learned_positions=positions,
     )
 
@@ -321,13 +345,13 @@ def _read_gpt2(config: Mapping[str, Any]) -> Architecture:
 _READERS: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _read_llama_like),
     **dict.fromkeys(("gemma2", "gemma3_text"), _read_gemma_2_or_3),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), _read_mixture),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss"), _read_mixture),
     "phi3": _read_phi3,
     "falcon": _read_falcon,
     "gpt_neox": _read_gpt_neox,
-    "gpt2": _read_gpt2,
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _read_gpt2),
 }
-_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "falcon", "gpt2"})
+_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "falcon", "gpt2", "gpt_bigcode", "mpt"})
 _HEAD_DIM_BY_DEFAULT = {"gemma": 256, "gemma2": 256, "gemma3_text": 256}
 
 
@@ -363,10 +387,7 @@ def _has_softcap(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _experts(config: Mapping[str, Any], hidden: int) -> Experts | None:
-    if config["model_type"] == "mixtral":
-        count, inner = _whole(config, "num_local_experts", 8), _whole(config, "intermediate_size")
-        return Experts(count, _whole(config, "num_experts_per_tok", 2), hidden, inner)
-    if config["model_type"] == "qwen3_moe":
-        count, inner = _whole(config, "num_experts"), _whole(config, "moe_intermediate_size")
-        return Experts(count, _whole(config, "num_experts_per_tok", 8), hidden, inner)
-    return None
+    if config.get("num_experts") is None or config["model_type"] not in ("mixtral", "qwen3_moe", "gpt_oss"):
+        return None
+    counts = (_whole(config, "num_experts"), _whole(config, "num_experts_per_tok", 8))
+    return Experts(*counts, hidden, _whole(config, "moe_intermediate_size"), bias=config["model_type"] == "gpt_oss")

@@ -52,8 +52,28 @@ class Experts:
     per_token: int
     hidden_size: int
     intermediate_size: int
+    bias: bool = False  # on gate, up, down and router
+
+    @property
+    def weights(self) -> int:
+        """Elements of one expert's matrices."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def router_parameters(self) -> int:
+        """Elements of what chooses the experts."""
+        return self.count * (self.hidden_size + (1 if self.bias else 0))
 
     @property
     def parameters(self) -> int:
         """Elements of all experts and the router."""
-        return self.count * self.hidden_size * (3 * self.intermediate_size + 1)
+        return self.count * self._one_expert + self.router_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Elements that one token meets."""
+        return self.per_token * self._one_expert + self.router_parameters
+
+    @property
+    def _one_expert(self) -> int:
+        return self.weights + (2 * self.intermediate_size + self.hidden_size if self.bias else 0)

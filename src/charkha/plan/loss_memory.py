@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from charkha.plan.activations import norm_bytes
 from charkha.plan.architecture import Architecture
-from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
+from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, LossKernel, MemorySettings
 
 CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk, as backends/torch/loss.py cuts them
 
@@ -20,6 +20,16 @@ class HeadMemory:
     loss_forward: int
     loss_backward: int
     head_backward: int  # the logits' gradient, and what the head makes of it
+
+
+def with_the_loss_that_runs(settings: MemorySettings, architecture: Architecture) -> MemorySettings:
+    """Settings with the model's own loss where training calls it: mixtures of experts, and rows with virtual tokens.
+
+    See choose_loss in backends/torch/loss.py. In transformers 5 that loss peaks at 12 bytes a logit, measured.
+    """
+    if not architecture.experts and settings.method != "prompt_tuning":
+        return settings
+    return replace(settings, loss_head="full", loss_kernel="transformers_alone", trained_positions=None)
 
 
 def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
@@ -41,16 +51,38 @@ def _whole(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     saved = _final_norm(architecture, settings)
     saved += logits * settings.activation_bytes if architecture.logit_softcap else 0
     head_backward = logits * settings.activation_bytes + hidden
-    if settings.method == "full":
+    if settings.is_full:
         saved += hidden + (HALF_BYTES * matrix if settings.autocast else 0)
         head_backward += settings.activation_bytes * matrix  # upcast after the logits' gradient is gone
+    forward, backward = _LOSS_BYTES[settings.loss_kernel]
+    inside = hidden if settings.loss_kernel != "own" and not settings.is_full else 0  # alive in the model's forward
     return HeadMemory(
         saved=saved,
         logits=logits * settings.activation_bytes,
-        loss_forward=logits * 2 * FULL_BYTES,
-        loss_backward=logits * 3 * FULL_BYTES,
+        loss_forward=logits * forward + inside,
+        loss_backward=logits * backward,
         head_backward=head_backward,
     )
+
+
+# Bytes per logit in forward and backward of the loss, 16-bit logits where they are still held counted.
+# own: fp32 logits (accelerate casts them) and log-probabilities; then those and two gradients.
+# transformers (to 5.x, inside the model's forward): 16-bit logits, their fp32 copy, the copy shifted by a position (or
+# in newer versions the log-probabilities' gradient), log-probabilities.
+# in_place: as before up to the shifted copy, in which the kernel writes the gradient.
+# ..._alone: versions before 4.46, where the fp32 copy takes the place of the 16-bit logits.
+# narrow: logits, their shifted copy, log-probabilities and a gradient, all in 16 bits.
+# kept_chunks: logits and log-probabilities in 16 bits, made and kept chunk by chunk.
+_LOSS_BYTES: dict[LossKernel, tuple[int, int]] = {
+    "own": (8, 12),
+    "transformers": (14, 14),
+    "transformers_alone": (12, 12),
+    "in_place": (10, 10),
+    "in_place_alone": (8, 8),
+    "narrow": (8, 8),
+    "in_place_narrow": (6, 6),
+    "kept_chunks": (4, 4),
+}
 
 
 def _chunked(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
@@ -59,8 +91,8 @@ def _chunked(architecture: Architecture, settings: MemorySettings) -> HeadMemory
     This runs outside autocast: in the type of the head's weight, so there are no copies of it.
     """
     hidden = settings.loss_positions * architecture.hidden_size * settings.residual_bytes
-    matrix = architecture.vocab_size * architecture.hidden_size if settings.method == "full" else 0
-    gradients = hidden + FULL_BYTES * matrix
+    matrix = architecture.vocab_size * architecture.hidden_size if settings.is_full else 0
+    gradients = hidden + settings.trained_bytes * matrix
     return HeadMemory(
         saved=_final_norm(architecture, settings),
         logits=0,
@@ -81,5 +113,5 @@ def _one_chunk(architecture: Architecture, settings: MemorySettings, trained_mat
 
 def _final_norm(architecture: Architecture, settings: MemorySettings) -> int:
     hidden = settings.positions * architecture.hidden_size
-    is_trained = settings.method == "full" and architecture.final_norm.kind == "rms"
+    is_trained = settings.is_full and not settings.fused_norms and architecture.final_norm.kind == "rms"
     return hidden * (norm_bytes(architecture, settings) + (settings.residual_bytes if is_trained else 0))

@@ -1,28 +1,21 @@
 """Peak memory of a training step in closed form, term by term: the instant preview before a run.
 
 The counter is live tensor bytes: `torch.cuda.max_memory_allocated` on a GPU, the allocator's own sum on a CPU. It is
-the steady state (optimizer states exist) at the longest micro batch. Not covered: what the CUDA caching allocator
-reserves beyond it (fragmentation), the CUDA context, evaluation, several devices, mixtures of experts, GPT-2.
+the steady state (optimizer states exist) at the longest micro batch, on the device that holds most. What the CUDA
+caching allocator reserves beyond it, and the context, is in device_memory.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from charkha.optimizers import KNOWN_OPTIMIZERS
 from charkha.plan.activations import LayerMemory, layer_memory
-from charkha.plan.architecture import Architecture, UnknownArchitecture
+from charkha.plan.architecture import Architecture
 from charkha.plan.loss_memory import HeadMemory, head_memory
-from charkha.plan.memory_settings import FULL_BYTES, MemorySettings
-from charkha.plan.weights import (
-    adapter_parameters,
-    base_weight_bytes,
-    targets_outside_layers,
-    trainable_parameters,
-)
-
-_CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # what torch gives cuBLAS on Hopper, once; older GPUs get about 8 MiB
-_FUSED = "adamw_torch_fused"
-_KNOWN_OPTIMIZERS = (_FUSED, "adamw_torch")
+from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.sharding import Shares, shares
+from charkha.plan.weights import targets_outside_layers, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,9 @@ class MemoryPreview:
     moments: dict[str, int]  # bytes at every moment considered, in the order of the step
     trainable_parameters: int
     notes: tuple[str, ...]
+    layer_phase_bytes: int = 0  # what comes and goes while layers are gone through backward
+    loss_phase_bytes: int = 0  # and while head and loss are computed
+    held_bytes: int = 0  # what is there at every moment
 
 
 @dataclass(frozen=True)
@@ -45,34 +41,42 @@ class _Step:
     settings: MemorySettings
     layer: LayerMemory
     head: HeadMemory
+    shares: Shares
 
     def always(self) -> dict[str, int]:
         """What is there at every moment of the step."""
-        settings, trained = self.settings, trainable_parameters(self.architecture, self.settings)
+        settings = self.settings
         # Token ids, mask and labels in int64; a boolean mask over pairs of positions where rows are padded.
         pairs = settings.positions * settings.tokens if settings.has_padding else 0
         return {
-            "base_weights": base_weight_bytes(self.architecture, settings),
-            "adapter_weights": FULL_BYTES * adapter_parameters(self.architecture, settings),
-            "optimizer_states": 2 * FULL_BYTES * trained,
-            "gradients": self.gradients() if settings.accumulation_steps > 1 else 0,
+            "base_weights": self.shares.base_weights,
+            "adapter_weights": self.shares.adapter_weights,
+            "optimizer_states": self.shares.optimizer_states,
+            "gradients": self.shares.gradients if settings.accumulation_steps > 1 else 0,
+            "gradient_buckets": self.shares.buckets,
             "batch": 3 * 8 * settings.positions + pairs,
-            "workspace": _CUBLAS_WORKSPACE_BYTES if settings.device == "cuda" else 0,
+            "workspace": settings.workspace_bytes if settings.device == "cuda" else 0,
         }
-
-    def gradients(self) -> int:
-        """Gradients of everything trained, in fp32."""
-        return FULL_BYTES * trainable_parameters(self.architecture, self.settings)
-
-    def head_gradient(self) -> int:
-        """The gradient of the head's matrix, which is the first to be made; none beside frozen weights."""
-        if not self._is_full():
-            return 0
-        return FULL_BYTES * self.architecture.vocab_size * self.architecture.hidden_size
 
     def kept_layers(self, layers: int) -> int:
         """Activations that `layers` layers keep: all of them, or with checkpointing only what entered each."""
-        return layers * (self.layer.input if self.settings.gradient_checkpointing else self.layer.saved)
+        if not self.settings.gradient_checkpointing:
+            return layers * self.layer.saved
+        if "activations" in self.settings.offload:
+            return min(layers, 2) * self.layer.kept  # one on its way to the host, one on its way back
+        return layers * self.layer.kept
+
+    def _kept_at_first_layer(self) -> int:
+        """Of the layers that backward has been through, nothing; beside frozen shards what entered and its gradient.
+
+        FSDP hangs a hook on what enters a layer of frozen weights, to free them once its gradient is made. With
+        re-entrant checkpointing that is a leaf, which the hook keeps alive, gradient and all, to the end of backward.
+        """
+        frozen_shards = self.settings.strategy == "fsdp" and not self.settings.is_full
+        if frozen_shards and self.settings.hooks_keep_inputs and self.settings.gradient_checkpointing:
+            others = self.architecture.layers - 1
+            return self.kept_layers(1) + others * 2 * self.layer.input
+        return self.kept_layers(1)
 
     def forward(self) -> dict[str, int]:
         """The model's end: every activation, the logits, and autocast's 16-bit copies of all trained matrices."""
@@ -81,6 +85,7 @@ class _Step:
             "activations": self.kept_layers(layers) + self.head.saved,
             "logits_and_loss": self.head.logits,
             "weight_copies": layers * self.layer.weight_copies if self.settings.gradient_checkpointing else 0,
+            "gathered_weights": self.shares.gathered_root,
         }
 
     def loss(self) -> dict[str, int]:
@@ -93,45 +98,50 @@ class _Step:
         return self._all_activations_and(self.head.head_backward)
 
     def last_layer_backward(self) -> dict[str, int]:
+        waiting = self._pending_head_gradient()
         return {
             "activations": self.kept_layers(self.architecture.layers),
-            "gradients": self._new_gradients(self.head_gradient() - self._pending_head_gradient()),
-            "temporaries": self._layer_temporaries() + self._pending_head_gradient(),
+            "gradients": self._new_gradients(self.shares.head_gradient - waiting),
+            "temporaries": self.layer_temporaries() + waiting,
+            "gathered_weights": self.shares.gathered_root + self.shares.gathered_layer,
         }
 
     def first_layer_backward(self) -> dict[str, int]:
         """By now nearly every gradient exists, and one layer's activations are left."""
         missing = self.architecture.embedding_parameters + self.architecture.layer_parameters
+        share = self.settings.processes if self.settings.shards_gradients else 1
+        not_yet = self.settings.trained_bytes * missing // share if self.settings.is_full else 0
         return {
-            "activations": self.kept_layers(1),
-            "gradients": self._new_gradients(self.gradients() - (FULL_BYTES * missing if self._is_full() else 0)),
-            "temporaries": self._layer_temporaries() + self._pending_head_gradient(),
+            "activations": self._kept_at_first_layer(),
+            "gradients": self._new_gradients(max(0, self.shares.gradients - not_yet)),
+            "temporaries": self.layer_temporaries() + self._pending_head_gradient(),
+            "gathered_weights": self.shares.gathered_root + self.shares.gathered_layer,
         }
 
     def embedding_backward(self) -> dict[str, int]:
         """The embedding's gradient is dense; with a tied head it, the head's and their sum exist for a moment."""
-        embedding = FULL_BYTES * self.architecture.embedding_parameters if self._is_full() else 0
+        width = self.settings.trained_bytes if self.settings.is_full else 0
+        embedding = width * self.architecture.embedding_parameters
         tied, accumulates = self.architecture.tied_embeddings, self.settings.accumulation_steps > 1
         beside = embedding * ((2 if tied else 0) + (1 if accumulates else 0))
         return {
-            "gradients": self._new_gradients(self.gradients()),
+            "gradients": self._new_gradients(self.shares.gradients),
             "temporaries": self.layer.input + beside,
+            "gathered_weights": self.shares.gathered_root,
         }
 
     def optimizer_step(self) -> dict[str, int]:
         return {
-            "gradients": self._new_gradients(self.gradients()),
-            "temporaries": self._optimizer_temporaries(),
+            "gradients": self._new_gradients(self.shares.gradients),
+            "temporaries": self.shares.optimizer_temporary,
         }
 
     def _all_activations_and(self, logits_and_loss: int) -> dict[str, int]:
         return {
             "activations": self.kept_layers(self.architecture.layers) + self.head.saved,
             "logits_and_loss": logits_and_loss,
+            "gathered_weights": self.shares.gathered_root,
         }
-
-    def _is_full(self) -> bool:
-        return self.settings.method == "full"
 
     def _new_gradients(self, size: int) -> int:
         """`size` where gradients are made in this micro batch; when accumulating they are there at every moment."""
@@ -139,32 +149,26 @@ class _Step:
 
     def _pending_head_gradient(self) -> int:
         """A tied head's gradient waits for the embedding's before either is added to the parameter."""
-        if not self.architecture.tied_embeddings:
-            return 0
-        return self.head_gradient()
+        return self.shares.head_gradient if self.architecture.tied_embeddings else 0
 
-    def _layer_temporaries(self) -> int:
+    def layer_temporaries(self) -> int:
+        """What one layer needs while its gradients are taken, beside what it kept."""
         gradient_from_above = self.layer.input  # of the residual, which is as large everywhere
         if self.settings.gradient_checkpointing:
-            return gradient_from_above + self.layer.recomputed
+            output = self.layer.input if self.settings.reentrant else 0
+            return gradient_from_above + output + self.layer.recomputed
         return gradient_from_above + self.layer.backward_temporaries
-
-    def _optimizer_temporaries(self) -> int:
-        """The fused kernel needs none; torch's default makes one per tensor at once on a GPU, two for one on a CPU."""
-        if self.settings.optimizer == _FUSED:
-            return 0
-        if self.settings.device == "cuda":
-            return self.gradients()
-        return 2 * FULL_BYTES * _largest_trained(self.architecture, self.settings)
 
 
 def preview_memory(architecture: Architecture, settings: MemorySettings) -> MemoryPreview:
-    """Peak live tensor bytes of training `architecture` with `settings`, and at which moment of the step.
-
-    Raises UnknownArchitecture for a model whose activations are not counted here (experts, GPT-2).
-    """
-    _require_covered(architecture)
-    step = _Step(architecture, settings, layer_memory(architecture, settings), head_memory(architecture, settings))
+    """Peak live tensor bytes of training `architecture` with `settings`, and at which moment of the step."""
+    step = _Step(
+        architecture,
+        settings,
+        layer_memory(architecture, settings),
+        head_memory(architecture, settings),
+        shares(architecture, settings),
+    )
     always = step.always()
     terms = {name: _sum(always, moment) for name, moment in _moments(step).items()}
     peak_moment = max(terms, key=lambda name: sum(terms[name].values()))
@@ -177,6 +181,9 @@ def preview_memory(architecture: Architecture, settings: MemorySettings) -> Memo
         moments={name: sum(moment.values()) for name, moment in terms.items()},
         trainable_parameters=trainable_parameters(architecture, settings),
         notes=_notes(architecture, settings),
+        layer_phase_bytes=step.layer_temporaries(),
+        loss_phase_bytes=max(step.head.loss_forward, step.head.loss_backward),
+        held_bytes=sum(always.values()),
     )
 
 
@@ -197,23 +204,6 @@ def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
     return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
 
 
-def _largest_trained(architecture: Architecture, settings: MemorySettings) -> int:
-    """Elements of the largest tensor that the optimizer moves."""
-    if settings.method == "full":
-        linears = (linear.weights for linear in architecture.linears)
-        return max(architecture.vocab_size * architecture.hidden_size, *linears)
-    return settings.r * max((max(linear.inputs, linear.outputs) for linear in architecture.linears), default=0)
-
-
-def _require_covered(architecture: Architecture) -> None:
-    if architecture.experts or architecture.learned_positions:
-        raise UnknownArchitecture(
-            f"there is no memory preview for {architecture.model_type}: its activations are not counted yet",
-            where="config.json",
-            remedy="training does not need the preview",
-        )
-
-
 def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, ...]:
     """What a reader of the number must know."""
     notes = ["a closed form of live tensor bytes, at the longest micro batch with optimizer states in place"]
@@ -221,8 +211,14 @@ def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, .
         notes.append("the CUDA context and what the allocator reserves beyond live tensors come on top")
     if settings.device == "mps":
         notes.append("not measured on Apple GPUs")
-    if settings.optimizer not in _KNOWN_OPTIMIZERS:
+    if settings.optimizer not in KNOWN_OPTIMIZERS:
         notes.append(f"optimizer {settings.optimizer} is counted as AdamW in 32 bits")
+    if architecture.learned_positions:
+        notes.append(f"{architecture.model_type}'s own dropout and activation function are not counted: it needs more")
+    if settings.quantization == "int8":
+        notes.append("int8: what its products keep is not counted, up to a quarter of the peak")
+    if architecture.experts:
+        notes.append("tokens are counted as spread evenly over the experts, which are quantized like linear layers")
     outside = targets_outside_layers(architecture, settings)
     if outside:
         notes.append(f"adapters on {', '.join(outside)} are counted by their weights at most")

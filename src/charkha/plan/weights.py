@@ -1,4 +1,4 @@
-"""Bytes of weights: the base in its storage type, NF4 with its constants, and what an adapter adds."""
+"""Bytes of weights: the base in its storage type, quantized with its constants, and what an adapter adds."""
 
 from __future__ import annotations
 
@@ -9,31 +9,70 @@ from charkha.plan.layers import Linear
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 
 _HEADS = ("lm_head", "embed_out")
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 
 
-def nf4_bytes(weights: int) -> int:
-    """Bytes of one NF4 matrix with double quantization, 4.127 bits a weight when it is large.
+def nf4_bytes(weights: int, *, double_quantization: bool = True) -> int:
+    """Bytes of one NF4 or FP4 matrix: 4.127 bits a weight with double quantization when it is large, 4.5 without.
 
-    Two weights a byte; an 8-bit constant per 64 weights; an fp32 constant per 256 of those; per matrix the codes of
-    16 and 256 fp32 values and an fp32 offset. Layout: bitsandbytes 0.50, QuantState with state2.
+    Two weights a byte; a constant per 64 weights, in 8 bits with an fp32 constant per 256 of them and the codes of
+    256 fp32 values and an offset, or in fp32; per matrix the 16 fp32 values of the 4-bit codes. Layout: bitsandbytes
+    0.50, QuantState with state2.
     """
+    return (weights + 1) // 2 + _nf4_constants(weights, double_quantization)
+
+
+def _nf4_constants(weights: int, double_quantization: bool) -> int:
     blocks = -(-weights // 64)
-    return (weights + 1) // 2 + blocks + FULL_BYTES * (-(-blocks // 256) + 16 + 256 + 1)
+    if not double_quantization:
+        return FULL_BYTES * (blocks + 16)
+    return blocks + FULL_BYTES * (-(-blocks // 256) + 16 + 256 + 1)
+
+
+def int8_bytes(linear: Linear) -> int:
+    """Bytes of one LLM.int8 matrix: a byte a weight and an fp32 constant per row (bitsandbytes Int8Params)."""
+    return linear.weights + FULL_BYTES * linear.outputs
+
+
+def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) -> tuple[int, int]:
+    """(codes, constants) of one layer's quantized matrices; (0, 0) where nothing is quantized.
+
+    Only linear layers are quantized: in transformers 5 the experts of a mixture are packed in 3-D parameters, which
+    bitsandbytes passes by. Earlier versions had a linear layer per expert; those are counted as quantized here.
+    """
+    if settings.quantization == "none":
+        return 0, 0
+    matrices = [(linear.weights, linear.outputs) for linear in architecture.linears]
+    if architecture.experts:
+        experts = architecture.experts
+        one = (experts.hidden_size * experts.intermediate_size, experts.intermediate_size)
+        matrices += [one] * (3 * experts.count)
+    if settings.quantization == "int8":
+        return sum(weights for weights, _ in matrices), FULL_BYTES * sum(outputs for _, outputs in matrices)
+    constants = sum(_nf4_constants(weights, settings.double_quantization) for weights, _ in matrices)
+    return sum((weights + 1) // 2 for weights, _ in matrices), constants
 
 
 def base_weight_bytes(architecture: Architecture, settings: MemorySettings) -> int:
-    """Bytes of the base on its device: `full` holds fp32, NF4 only covers the linear layers, not head or embedding."""
-    width = settings.residual_bytes
+    """Bytes of the whole base, unsharded: `full` holds what is trained, 4 and 8 bits cover the linear layers only."""
     if settings.quantization == "none":
-        return width * architecture.parameters
-    in_4_bits = architecture.layers * sum(linear.weights for linear in architecture.linears)
-    packed = architecture.layers * sum(nf4_bytes(linear.weights) for linear in architecture.linears)
-    return packed + width * (architecture.parameters - in_4_bits)
+        return settings.base_bytes * architecture.parameters
+    codes, constants = quantized_layer_bytes(architecture, settings)
+    rest = architecture.parameters - architecture.layers * architecture.linear_weights
+    return architecture.layers * (codes + constants) + settings.base_bytes * rest
+
+
+def layer_weight_bytes(architecture: Architecture, settings: MemorySettings) -> int:
+    """Bytes of one layer's weights as its arithmetic meets them: quantized, or in the type of the matrix products."""
+    codes, constants = quantized_layer_bytes(architecture, settings)
+    if not codes:
+        return settings.activation_bytes * architecture.layer_parameters
+    return codes + constants + settings.base_bytes * (architecture.layer_parameters - architecture.linear_weights)
 
 
 def adapter_targets(architecture: Architecture, settings: MemorySettings) -> tuple[Linear, ...]:
     """The linear layers of one layer that get an adapter, by PEFT's rules for `target_modules`; none for `full`."""
-    if settings.method == "full":
+    if settings.method not in ("lora", "dora", "ia3"):
         return ()
     wanted = settings.target_modules
     if wanted == "all-linear":
@@ -60,18 +99,36 @@ def targets_outside_layers(architecture: Architecture, settings: MemorySettings)
 
 
 def adapter_parameters(architecture: Architecture, settings: MemorySettings) -> int:
-    """Parameters of the LoRA matrices A [r, inputs] and B [outputs, r] over all layers; 0 for `full`."""
+    """Parameters that the adapter adds: LoRA's A [r, inputs] and B [outputs, r], DoRA's magnitudes with them; IA3's
+    scales; prompt tuning's embeddings. 0 for `full`.
+    """
+    if settings.method == "prompt_tuning":
+        return settings.num_virtual_tokens * architecture.hidden_size
     targets = adapter_targets(architecture, settings)
+    if settings.method == "ia3":
+        scales = (linear.inputs if linear.reads == "mlp_inner" else linear.outputs for linear in targets)
+        return architecture.layers * sum(scales)
     in_layers = architecture.layers * sum(settings.r * (linear.inputs + linear.outputs) for linear in targets)
+    if settings.method == "dora":
+        in_layers += architecture.layers * sum(linear.outputs for linear in targets)
     on_head = any(target in _HEADS for target in targets_outside_layers(architecture, settings))
     return in_layers + (settings.r * (architecture.hidden_size + architecture.vocab_size) if on_head else 0)
+
+
+def saved_module_parameters(architecture: Architecture, settings: MemorySettings) -> int:
+    """Parameters of `modules_to_save`: copies of embedding or head that are trained whole beside the adapter."""
+    matrix = architecture.vocab_size * architecture.hidden_size
+    return sum(matrix for name in settings.modules_to_save if name.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS))
 
 
 def trainable_parameters(architecture: Architecture, settings: MemorySettings) -> int:
     """Parameters that get a gradient."""
     if settings.method == "full":
-        return architecture.parameters
-    return adapter_parameters(architecture, settings)
+        return architecture.parameters - architecture.frozen_beside
+    if settings.method == "norms":
+        parts = (*architecture.norms, *architecture.query_key_norms)
+        return architecture.layers * sum(norm.parameters for norm in parts) + architecture.final_norm.parameters
+    return adapter_parameters(architecture, settings) + saved_module_parameters(architecture, settings)
 
 
 def weight_copy_bytes(architecture: Architecture, settings: MemorySettings) -> int:
@@ -79,6 +136,8 @@ def weight_copy_bytes(architecture: Architecture, settings: MemorySettings) -> i
     if not settings.autocast:
         return 0
     if settings.method == "full":
-        return HALF_BYTES * sum(linear.weights for linear in architecture.linears)
+        return HALF_BYTES * architecture.linear_weights
+    if settings.method not in ("lora", "dora"):
+        return 0
     targets = adapter_targets(architecture, settings)
     return HALF_BYTES * sum(settings.r * (linear.inputs + linear.outputs) for linear in targets)

@@ -12,8 +12,9 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
 from charkha.data.shards import Shard
 from charkha.errors import CharkhaError
 from charkha.plan.architecture import read_architecture
+from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory import MemoryPreview, preview_memory
-from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.memory_settings import MemorySettings, Method
 from charkha.plan.packing_support import BY_MASK
 from charkha.units import format_bytes
 
@@ -58,14 +59,14 @@ def preview(
     row_tokens: int,
 ) -> Preview:
     """The closed form for this run's longest micro batch; never an error, since the run does not need it."""
-    if adapter.method not in ("full", "lora", "rslora") or base.quantization not in ("none", "nf4"):
-        return Preview(None, f"adapter.method {adapter.method} on a base in {base.quantization} is not counted yet")
+    if base.quantization == "int8":
+        return Preview(None, "what the products of an int8 base keep is not counted yet")
     settings = MemorySettings(
         dtype=base.dtype,
         rows=plan.micro_batch_size,
         tokens=row_tokens,
-        method="full" if adapter.method == "full" else "lora",
-        quantization=cast(Literal["none", "nf4"], base.quantization),
+        method=cast(Method, {"rslora": "lora"}.get(adapter.method, adapter.method)),
+        quantization=cast(Literal["none", "nf4", "fp4"], base.quantization),
         r=adapter.r,
         lora_dropout=adapter.lora_dropout,
         target_modules=adapter.target_modules,
@@ -74,15 +75,21 @@ def preview(
         loss_head="chunked" if plan.loss_head == "chunked" else "full",
         trained_positions=_trained_positions(shard, plan) if plan.packing is None else None,
         optimizer=plan.optimizer,
+        num_virtual_tokens=adapter.num_virtual_tokens if adapter.method == "prompt_tuning" else 0,
+        modules_to_save=adapter.modules_to_save,
         device=cast(Literal["cpu", "cuda", "mps"], base.device),
         attention=base.attention,
         # Packed rows are given to the kernel by their documents' bounds, or have no padding: no mask either way.
         padded=False if plan.packing is not None and config.get("model_type") not in BY_MASK else None,
     )
     try:
-        return Preview(preview_memory(read_architecture(config), settings), None)
+        architecture = read_architecture(config)
+        settings = with_the_loss_that_runs(settings, architecture)
     except CharkhaError as error:
         return Preview(None, error.message)
+    if architecture.learned_positions:
+        return Preview(None, f"the dropout and activation function of {architecture.model_type} are not counted yet")
+    return Preview(preview_memory(architecture, settings), None)
 
 
 def _trained_positions(shard: Shard, plan: StepPlan) -> int:

@@ -1,0 +1,94 @@
+"""The one place where a plan asks a backend to trace the run's own step; says why where it cannot be asked.
+
+The tracing backend is looked for by name: it is the authority where it is there, and the closed form answers where not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from charkha.config import Config
+from charkha.errors import CharkhaError
+from charkha.hardware.machine import Machine
+from charkha.plan.memory_settings import MemorySettings
+from charkha.training.choices import adapter_spec
+
+_BACKEND = "charkha.backends.torch.trace"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace of two steps found, in bytes; or, with nothing in the rest, why there is none."""
+
+    why_not: str | None
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+    breakdown: Mapping[str, int] | None = None
+    peak_moment: str | None = None
+
+
+def traced_peak(settings: MemorySettings, config: Config, base_config: Mapping[str, Any], machine: Machine) -> Traced:
+    """The peak of the run's own step on fake tensors. Takes the backend's time: seconds to minutes the first time."""
+    why_not = _out_of_reach(settings)
+    if why_not is not None:
+        return Traced(why_not)
+    try:
+        backend = importlib.import_module(_BACKEND)
+    except ModuleNotFoundError as missing:
+        if missing.name != _BACKEND:
+            raise
+        return Traced("this version has no tracing backend")
+    try:
+        result = backend.trace_memory(_request(settings, config, base_config, machine))
+    except CharkhaError as error:
+        return Traced(f"the step could not be traced: {error.message}")
+    return Traced(
+        None,
+        allocated_bytes=result.peak_allocated_bytes,
+        reserved_bytes=result.peak_reserved_bytes,
+        breakdown=dict(result.breakdown),
+        peak_moment=result.peak_moment,
+    )
+
+
+def _out_of_reach(settings: MemorySettings) -> str | None:
+    """What only the closed form can count."""
+    if settings.processes > 1:
+        return "several devices are counted in closed form"
+    if settings.device == "mps":
+        return "Apple GPUs are counted in closed form"
+    if settings.streamed or settings.offload:
+        return "a streamed base and offloading are counted in closed form"
+    if settings.fused_norms or settings.fused_mlp:
+        return "fused kernels are counted in closed form"
+    return None
+
+
+def _request(settings: MemorySettings, config: Config, base_config: Mapping[str, Any], machine: Machine) -> Any:
+    base = importlib.import_module("charkha.backends.base")
+    gpu = machine.gpu
+    checkpointing = "selective" if settings.selective else "full" if settings.gradient_checkpointing else "none"
+    return base.TraceRequest(
+        config=dict(base_config),
+        adapter=adapter_spec(config),
+        micro_batch_size=settings.rows,
+        sequence_length=settings.tokens,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        quantization=settings.quantization,
+        double_quantization=settings.double_quantization,
+        upcast_unquantized=settings.upcast_unquantized,
+        trainable_dtype=settings.trained_dtype,
+        accumulation_steps=settings.accumulation_steps,
+        gradient_checkpointing=checkpointing,
+        loss_head=settings.loss_head,
+        optimizer=settings.optimizer,
+        weight_decay=config.training.weight_decay,
+        max_grad_norm=config.training.max_grad_norm,
+        device=settings.device,
+        compute_capability=(gpu.capability if gpu and gpu.capability else (8, 0)),
+        device_limit_bytes=gpu.memory_bytes if gpu else None,
+    )

@@ -1,0 +1,293 @@
+"""`charkha plan`: its JSON contract, other machines, bad input, what it proposes, and how fast and light it answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from charkha.cli.app import app
+from charkha.errors import EnvironmentProblem
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+KEYS = {
+    "fits", "peak_allocated_bytes", "peak_reserved_bytes", "device_limit_bytes", "breakdown", "method",
+    "trainable_parameters", "total_parameters", "tokens_per_second", "seconds", "energy_kwh", "cost", "host_ram_bytes",
+    "disk_bytes", "reasons", "alternatives",
+}  # fmt: skip
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    """A folder with a base model that is only a config.json, a hundred rows, and a config for them."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(LLAMA_8B))
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 100)
+    (tmp_path / "charkha.yaml").write_text(
+        "model: {base: base, quantization: nf4}\n"
+        "data: {train: [rows.jsonl], max_length: 2048}\n"
+        "training: {batch_size: 16, epochs: 1}\noutput: runs/x\n"
+    )
+    return tmp_path
+
+
+def plan(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """The command's answer, in closed form unless `arguments` say otherwise."""
+    method = () if "--method" in arguments else ("--method", "closed_form")
+    result = CliRunner().invoke(app, ["plan", str(folder / "charkha.yaml"), "--json", *method, *arguments])
+    assert result.exit_code == code, result.output
+    record: dict[str, Any] = json.loads(result.stdout)
+    return record
+
+
+def test_the_answer_has_every_key_of_the_contract(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx-4090")
+    assert set(record) >= KEYS
+    assert set(record["cost"]) >= {"currency", "electricity", "rental_equivalent"}
+    assert record["fits"] is True
+    assert sum(record["breakdown"].values()) == record["peak_allocated_bytes"] < record["peak_reserved_bytes"]
+    assert record["peak_reserved_bytes"] < record["device_limit_bytes"]
+    assert record["total_parameters"] == 8_030_261_248
+    assert record["cost"]["electricity"] == pytest.approx(10 * record["energy_kwh"], abs=0.01)
+    assert 200_000 / 10_000 < record["seconds"] < 200_000 / 500  # 100 rows of 2048 tokens
+
+
+def test_without_a_tokenizer_rows_count_as_max_length_and_that_is_said(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 4090")
+    assert any("every row is counted as max_length, 2048 tokens" in reason for reason in record["reasons"])
+    (workshop / "rows.jsonl").unlink()
+    record = plan(workshop, "--gpu", "rtx 4090")
+    assert record["seconds"] is None
+    assert record["energy_kwh"] is None
+    assert record["cost"]["electricity"] is None
+    assert record["tokens_per_second"] > 0
+
+
+def test_what_does_not_fit_is_printed_whole_with_exit_code_3(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 3050", "--set", "model.quantization=none", code=3)
+    assert record["fits"] is False
+    assert set(record) >= KEYS
+    others = record["alternatives"][-1]
+    assert others["name"] == "other_machines"
+    assert others["machines"][0]["count"] == 1
+    assert any(reason.startswith("does not fit") for reason in record["reasons"])
+
+
+def test_proposals_fit_and_name_the_keys_to_change(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 4090")
+    proposals = {one["name"]: one for one in record["alternatives"]}
+    assert set(proposals) == {"fastest", "safest", "longest_context"}
+    assert all(one["fits"] and one["reason"] for one in proposals.values())
+    assert proposals["fastest"]["tokens_per_second"] >= record["tokens_per_second"]
+    assert proposals["safest"]["peak_reserved_bytes"] < 0.9 * record["device_limit_bytes"]
+    assert proposals["longest_context"]["changes"]["data.max_length"] > 4096
+    changed = [f"{key}={value}" for key, value in proposals["fastest"]["changes"].items()]
+    again = plan(workshop, "--gpu", "rtx 4090", *(part for change in changed for part in ("--set", change)))
+    assert again["peak_allocated_bytes"] == proposals["fastest"]["peak_allocated_bytes"]
+
+
+def test_several_cards_share_the_work(workshop: Path) -> None:
+    full = ("--set", "adapter.method=full", "--set", "model.quantization=none")
+    one = plan(workshop, "--gpu", "a100", *full, code=3)
+    eight = plan(workshop, *("--gpu", "a100") * 8, *full)
+    assert eight["devices"] == 8
+    assert eight["settings"]["strategy"] == "fsdp"
+    assert eight["peak_allocated_bytes"] < one["peak_allocated_bytes"] / 3
+    narrow = ("--set", "devices.shard_dtype=bf16", "--set", "devices.strategy=fsdp")
+    pure = plan(workshop, *("--gpu", "a100") * 8, *full, *narrow)
+    assert pure["breakdown"]["optimizer_states"] * 2 == eight["breakdown"]["optimizer_states"]
+
+
+def test_a_machine_file_of_another_computer_plans_the_same(workshop: Path, tmp_path: Path) -> None:
+    file = tmp_path / "office.json"
+    here = plan(workshop, "--gpu", "a6000", "--write-machine", str(file))
+    there = plan(workshop, "--gpu", str(file))
+    for key in ("peak_allocated_bytes", "device_limit_bytes", "tokens_per_second", "seconds"):
+        assert here[key] == there[key]
+
+
+def test_host_memory_that_is_too_small_is_told(workshop: Path, tmp_path: Path) -> None:
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps({"gpus": ["rtx 4090"], "ram_bytes": 2 * 2**30}))
+    record = plan(workshop, "--gpu", str(file), code=3)
+    assert any(reason.startswith("host memory") for reason in record["reasons"])
+
+
+def test_popular_models_need_no_folder(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 4090", "--set", "model.base=mistralai/Mistral-7B-v0.1")
+    assert record["total_parameters"] == 7_241_732_096
+
+
+def test_values_that_training_does_not_carry_out_yet_are_planned_and_named(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 4090", "--set", "training.fused_kernels=liger")
+    assert any("training.fused_kernels" in reason and "does not carry it out" in reason for reason in record["reasons"])
+    streamed = ("--set", "model.placement=streamed", "--set", "model.base=meta-llama/Llama-3.1-70B")
+    record = plan(workshop, "--gpu", "rtx 4090", *streamed)
+    assert record["breakdown"]["base_weights"] < 16 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+        ({"hidden_size": "4096"}, "'4096'"),
+        ({"model_type": "mamba"}, "mamba"),
+        ({"model_type": "my_own", "auto_map": {"AutoModelForCausalLM": "x.py"}}, "code of its own"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ],
+)
+def test_a_base_that_cannot_be_planned_for_is_a_users_error(workshop: Path, change: Any, message: str) -> None:
+    (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | change))
+    record = plan(workshop, "--gpu", "rtx 4090", code=2)
+    assert message in record["error"]["message"]
+    assert record["error"]["remedy"] or record["error"]["where"]
+
+
+def test_a_config_json_that_is_no_json_is_a_users_error(workshop: Path) -> None:
+    (workshop / "base/config.json").write_text("{")
+    assert "config.json" in plan(workshop, "--gpu", "rtx 4090", code=2)["error"]["where"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "rtx 4900"), "RTX 4090"),
+        (("--gpu", "rtx 4090", "--method", "guess"), "trace or closed_form"),
+        (("--gpu", "rtx 4090", "--set", "data.max_length=100000"), "8192 positions"),
+        (("--gpu", "rtx 4090", "--set", "model.base=nobody/nothing"), "config.json is enough"),
+        (("--gpu", "t4", "--set", "model.dtype=bf16"), "bf16"),
+        (("--gpu", "rtx 4090", "--buy-or-rent", "--hours-per-day", "25"), "at most 24"),
+        (("--gpu", "rtx 4090", "--set", "devices.offload=disk"), "parameters"),
+        (tuple(["--gpu", "rtx4090"] * 20), "shared out over 20 devices"),
+    ],
+)
+def test_wrong_questions_are_answered_with_what_to_change(workshop: Path, arguments: Any, message: str) -> None:
+    assert message in json.dumps(plan(workshop, *arguments, code=2)["error"])
+
+
+def traced(allocated: int, reserved: int) -> tuple[ModuleType, list[Any]]:
+    """A stand-in for the tracing backend, and what it was asked."""
+    asked: list[Any] = []
+    backend = ModuleType("charkha.backends.torch.trace")
+
+    def trace_memory(request: Any) -> Any:
+        asked.append(request)
+        if allocated < 0:
+            raise EnvironmentProblem("the model has no fake kernels")
+        return SimpleNamespace(
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            breakdown={"weights": allocated},
+            peak_moment="backward",
+        )
+
+    backend.trace_memory = trace_memory  # type: ignore[attr-defined]
+    return backend, asked
+
+
+def test_a_trace_is_the_authority_for_one_device(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, asked = traced(12 * 2**30, 13 * 2**30)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
+    assert (record["method"], record["peak_allocated_bytes"]) == ("trace", 12 * 2**30)
+    assert record["breakdown"] == {"weights": 12 * 2**30}
+    assert (asked[0].sequence_length, asked[0].quantization, asked[0].config["hidden_size"]) == (2048, "nf4", 4096)
+    assert plan(workshop, "--gpu", "rtx 4090", "--method", "closed_form")["method"] == "closed_form"
+    assert plan(workshop, "--gpu", "a100", "--gpu", "a100", "--method", "trace")["method"] == "closed_form"
+    assert len(asked) == 1
+
+
+def test_a_trace_that_finds_more_than_the_card_has_is_no_fit(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = traced(30 * 2**30, 31 * 2**30)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    assert plan(workshop, "--gpu", "rtx 4090", "--method", "trace", code=3)["fits"] is False
+
+
+def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, _ = traced(-1, 0)
+    monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
+    assert record["method"] == "closed_form"
+    assert any("no fake kernels" in reason for reason in record["reasons"])
+
+
+def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
+    answers = [
+        plan(workshop, "--gpu", "rtx 4090", "--buy-or-rent", "--hours-per-day", hours)["buy_or_rent"]
+        for hours in ("4", "16")
+    ]
+    assert answers[0]["months"] == pytest.approx(4 * answers[1]["months"])
+    assert answers[1]["months_if_rent_falls_a_third"] > answers[1]["months"]
+    assert answers[1]["currency"] == "INR"
+
+
+def test_a_person_is_shown_the_verdict_the_terms_and_the_money(workshop: Path) -> None:
+    arguments = ["plan", str(workshop / "charkha.yaml"), "--gpu", "rtx 4090", "--method", "closed_form"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    for text in ("fits on RTX 4090", "base weights", "kWh", "INR", "fastest"):
+        assert text in result.output
+
+
+def test_this_machine_without_a_gpu_is_planned_as_a_cpu(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: None)
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | tiny))
+    record = plan(workshop, "--set", "model.quantization=none")
+    assert record["settings"]["device"] == "cpu"
+    assert record["fits"]
+
+
+def test_real_rows_are_measured_where_the_tokenizer_is(workshop: Path) -> None:
+    record = plan(
+        workshop,
+        "--gpu",
+        "rtx 4090",
+        "--set",
+        "model.base=starter",
+        *("--set", "data.eval=null", "--set", "data.max_length=256"),
+    )
+    assert record["settings"]["tokens"] < 64
+    assert not any("no tokenizer" in reason for reason in record["reasons"])
+
+
+def test_the_closed_form_of_70_billion_parameters_takes_under_a_second_and_no_framework(workshop: Path) -> None:
+    big = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | big))
+    program = (
+        "import sys; from charkha.cli.app import main\n"
+        f"sys.argv = ['charkha', 'plan', {str(workshop / 'charkha.yaml')!r}, '--gpu', 'h200', "
+        "'--method', 'closed_form', '--json']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'numpy', 'datasets', 'bitsandbytes'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    began = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert json.loads(done.stdout)["total_parameters"] == 70_553_706_496
+    assert time.monotonic() - began[1] < 10  # 0.5 s alone; a shared machine may be busy
