@@ -320,7 +320,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     from charkha.training import session
 
     monkeypatch.setattr(guarding, "open_nvml", OneGpu)
-    monkeypatch.setattr(session, "_gpu_index", lambda nvml: 0)
+    monkeypatch.setattr(session, "_gpu_indices", lambda nvml, processes: [0])
     return seen
 
 
@@ -352,7 +352,7 @@ def test_a_limit_that_a_killed_process_left_lowered_is_put_back_by_the_next_one(
     """What is on the disk while the limit is lowered is what a `kill -9` leaves."""
     work = project(training=MANY_STEPS, guard={"ups": "none"})
     left: list[bytes] = []
-    kept = work.run_folder() / "power-limit.json"
+    kept = work.run_folder() / "power-limit-GPU-1.json"
 
     def heats_up(seen: Watcher) -> None:
         seen.wait_for(is_step)
@@ -376,6 +376,41 @@ def test_a_limit_that_a_killed_process_left_lowered_is_put_back_by_the_next_one(
     assert not kept.exists()
 
 
+@pytest.mark.usefixtures("quick_guard")
+def test_a_folder_that_takes_nothing_does_not_keep_the_limit_from_being_lowered(
+    project: MakeProject, a_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from charkha.training.power_limit import FoundLimit
+
+    def full(self: FoundLimit, watts: float) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FoundLimit, "keep", full)
+    work = project(training=MANY_STEPS, guard={"ups": "none"})
+
+    def script(seen: Watcher) -> None:
+        seen.wait_for(is_step)
+        a_gpu["temperature_c"] = 85.0
+        seen.wait_for(lambda event: event["event"] == "guard" and event["power_limit_w"] is not None)
+        seen.wait_for(lambda event: "could not be written down" in event.get("text", ""))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    result, _ = train_with(work, script)
+    assert result.status == "paused"
+    assert a_gpu["power_limit_w"] == 350
+
+
+def test_a_limit_that_its_owner_put_back_and_lowered_again_is_left_alone(tmp_path: Path, a_gpu: dict[str, Any]) -> None:
+    from charkha.training import guarding
+    from charkha.training.power_limit import FoundLimit
+
+    FoundLimit(tmp_path, "GPU-1").keep(350)
+    guarding._Gpu(guarding.open_nvml(), 0, tmp_path)
+    a_gpu["power_limit_w"] = 250.0
+    gpu = guarding._Gpu(guarding.open_nvml(), 0, tmp_path)
+    assert (a_gpu["power_limit_w"], gpu.notes) == (250, [])
+
+
 @pytest.mark.parametrize("change", ["boot", "gpu", "damage"])
 def test_a_kept_limit_of_another_card_or_an_earlier_start_of_the_machine_is_not_believed(
     tmp_path: Path, change: str
@@ -384,7 +419,7 @@ def test_a_kept_limit_of_another_card_or_an_earlier_start_of_the_machine_is_not_
 
     FoundLimit(tmp_path, "GPU-1").keep(350)
     assert FoundLimit(tmp_path, "GPU-1").left() == 350
-    path = tmp_path / "power-limit.json"
+    path = tmp_path / "power-limit-GPU-1.json"
     record = json.loads(path.read_bytes())
     path.write_text("{" if change == "damage" else json.dumps({**record, change: "other"}))
     assert FoundLimit(tmp_path, "GPU-1").left() is None

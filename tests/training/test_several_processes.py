@@ -206,6 +206,36 @@ def test_a_killed_first_process_takes_the_others_with_it_and_the_supervisor_star
     assert_equal(work.weights("cut"), work.weights("whole"))
 
 
+def test_an_error_of_the_first_process_is_told_as_its_own_and_leaves_no_other_behind(project: MakeProject) -> None:
+    from charkha.errors import DoesNotFit
+    from charkha.training.session import train
+
+    def observe(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            raise DoesNotFit("the first process ran out of something")
+
+    with pytest.raises(DoesNotFit, match="ran out of something"):
+        train(project(**TWO).config, [], observe)
+    assert others() == []
+
+
+@pytest.mark.long
+def test_rows_that_turn_out_to_leak_are_trained_unpacked_by_two_as_by_one(
+    project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falcon's documents see each other; what is known of it is taken away, so that the loaded model must tell."""
+    from charkha.training import packing_choice
+
+    monkeypatch.setattr(packing_choice, "LEAK", {})
+    for rule in ("_not_worth_it", "_too_few_steps"):
+        monkeypatch.setattr(packing_choice, rule, lambda *args: None)
+    work = project("falcon", **TWO)
+    result, seen = work.train()
+    assert result.status == "done"
+    assert any("data.packing: True" in event.get("text", "") for event in seen)
+    assert any("data.packing: False" in event.get("text", "") for event in seen)
+
+
 def test_what_goes_wrong_in_another_process_is_told_as_there(project: MakeProject, tmp_path: Path) -> None:
     """The second process finds a shard that is not what its name says."""
     work = project(**TWO)

@@ -6,6 +6,7 @@ Nothing here imports a framework.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -76,13 +77,23 @@ class StepPlan:
     packing: Packing | None = None  # batch_size and micro_batch_size then count packed rows
 
 
+class PeerGone(RuntimeError):
+    """Several processes could not add up or agree: one of them is gone. Why, it says itself, not this."""
+
+
 @dataclass(frozen=True)
 class Place:
-    """Which of how many processes on this host this one is, and the file by which they find each other."""
+    """Which of how many processes on this host this one is, and the file by which they find each other.
+
+    `waits` is told when this process begins (True) and ends (False) to wait for all others; `fails` of an error, before
+    the connection to the others is given up.
+    """
 
     rank: int = 0
     count: int = 1
     meeting: Path = Path()
+    waits: Callable[[bool], None] = lambda _waiting: None
+    fails: Callable[[BaseException], None] = lambda _error: None
 
 
 @dataclass(frozen=True)

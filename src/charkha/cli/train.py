@@ -6,7 +6,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +22,9 @@ from charkha.cli.terminal import (
     stdout_console,
 )
 from charkha.errors import Paused
+
+if TYPE_CHECKING:
+    from charkha.store.runs import RunFolder
 
 app = new_app()
 
@@ -46,7 +49,7 @@ def train(
         bool,
         typer.Option("--foreground", envvar="CHARKHA_FOREGROUND", help="Train in this very process, not restarted."),
     ] = False,
-    follow_parent: Annotated[bool, typer.Option("--follow-parent", hidden=True)] = False,
+    follow_parent: Annotated[int | None, typer.Option("--follow-parent", hidden=True)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Trains the model that the config describes. Run it again to go on after any stop.
@@ -60,11 +63,11 @@ def train(
     overrides = [*(set_ or []), *_map_override(map_)]
     if not foreground:
         _supervise(config, overrides, accept_changes, as_json)
-    if follow_parent:
+    if follow_parent is not None:
         from charkha.training.signals import end_with_parent
 
-        end_with_parent()
-    run_command(lambda: _train(config, overrides, accept_changes, follow_parent), _show, as_json)
+        end_with_parent(follow_parent)
+    run_command(lambda: _train(config, overrides, accept_changes, follow_parent is not None), _show, as_json)
 
 
 def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json: bool) -> NoReturn:
@@ -87,13 +90,25 @@ def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json
         if not as_json:
             raise typer.Exit(supervise(command, run, note))
         with tempfile.TemporaryFile() as answer:
-            code = supervise(command, run, note, answer=answer)  # one object, however many workers there were
+            code = supervise(command, run, note, answer=answer)
             answer.seek(0)
-            typer.echo(answer.read(), nl=False)
+            _print_answer(answer.read(), run)
         raise typer.Exit(code)
 
     run_command(work, _show, as_json)
     raise AssertionError("a supervised run always leaves by its exit code")
+
+
+def _print_answer(text: bytes, run: RunFolder) -> None:
+    """One object, however many workers there were; one that was killed in the middle of its end leaves none."""
+    from charkha.summary import summarize
+
+    try:
+        json.loads(text)
+    except ValueError:
+        summary = summarize(run)
+        text = json.dumps({"run": str(run.path), "status": summary.status, "steps": summary.step}).encode() + b"\n"
+    typer.echo(text, nl=False)
 
 
 def _map_override(text: str | None) -> list[str]:

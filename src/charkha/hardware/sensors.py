@@ -8,7 +8,7 @@ parts from Hopper on) they are turned into temperatures.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,17 +273,18 @@ class DeviceFeel:
 
 
 class DeviceSensors:
-    """`feel()` of one device, at most once a second: sensors are slower than small steps."""
+    """`feel()` of the devices of a run, at most once a second: sensors are slower than small steps."""
 
-    def __init__(self, device: str, gpu_uuid: str | None = None) -> None:
+    def __init__(self, device: str, gpu_uuids: Sequence[str] = ()) -> None:
         self._nvml = open_nvml() if device == "cuda" else None
-        self._index = self._nvml.index_of(gpu_uuid) if self._nvml is not None and gpu_uuid else None
+        found = [] if self._nvml is None else [self._nvml.index_of(uuid) for uuid in gpu_uuids]
+        self._indices = [index for index in found if index is not None]
         self._cpu_power = CpuPower() if device == "cpu" else None
         self._felt_at = float("-inf")
         self._feel = DeviceFeel(None, None)
 
     def feel(self) -> DeviceFeel:
-        """The latest reading."""
+        """The latest reading: of several devices the hottest one's heat, and the power of all together."""
         now = time.monotonic()
         if now - self._felt_at >= 1.0:
             self._felt_at, self._feel = now, self._read()
@@ -292,10 +293,12 @@ class DeviceSensors:
     def _read(self) -> DeviceFeel:
         if self._cpu_power is not None:
             return DeviceFeel(cpu_temperature_c(), self._cpu_power.watts())
-        if self._nvml is None or self._index is None:
+        if self._nvml is None or not self._indices:
             return DeviceFeel(None, None)
-        reading = self._nvml.read(self._index)
-        return DeviceFeel(reading.temperature_c, reading.power_w)
+        readings = [self._nvml.read(index) for index in self._indices]
+        heat = [one.temperature_c for one in readings if one.temperature_c is not None]
+        watts = [one.power_w for one in readings if one.power_w is not None]
+        return DeviceFeel(max(heat, default=None), sum(watts) if len(watts) == len(readings) else None)
 
 
 def _is_lost(nvml: Any, error: Any) -> bool:

@@ -98,6 +98,7 @@ class CheckpointStore:
 
         Raises DoesNotFit when it is not there. Where the system cannot take room, free space is looked at only.
         """
+        self._require_run_folder()
         durable.make_folder(self._reserve.parent)
         durable.remove_file(self._reserve)
         self._require_room(size + _OVERHEAD_BYTES)

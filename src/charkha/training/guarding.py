@@ -17,7 +17,7 @@ from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.guard import Decision, GuardState, Readings, decide, limits_to_restore
 from charkha.guard_limits import GuardLimits, parse_budget, parse_windows
-from charkha.hardware.sensors import CpuPower, NotPermitted, Nvml, open_nvml
+from charkha.hardware.sensors import CpuPower, GpuReading, NotPermitted, Nvml, open_nvml
 from charkha.hardware.ups import MainsState, MainsWatch, Ups, UpsReading, open_ups
 from charkha.training.power_limit import FoundLimit
 
@@ -48,7 +48,7 @@ class RunGuard:
         config: Config,
         record: Recorder,
         *,
-        gpu_index: Callable[[Nvml], int | None],
+        gpu_indices: Callable[[Nvml], list[int]],
         run_folder: Path,
         energy_kwh_before: float = 0.0,
         every_s: float = _EVERY_S,
@@ -61,9 +61,9 @@ class RunGuard:
         self._ups: Ups | None = open_ups(config.guard.ups)
         self._mains = MainsWatch(mains_stable_s) if self._ups is not None else None
         nvml = open_nvml()
-        index = None if nvml is None else gpu_index(nvml)
-        self._gpu = None if nvml is None or index is None else _Gpu(nvml, index, run_folder)
-        self._cpu_power = CpuPower() if self._gpu is None else None
+        indices = [] if nvml is None else gpu_indices(nvml)
+        self._gpus = [] if nvml is None else [_Gpu(nvml, index, run_folder) for index in indices]
+        self._cpu_power = CpuPower() if not self._gpus else None
         self._joules = energy_kwh_before * 3.6e6
         self._energy_known = True
         self._felt_at: float | None = None
@@ -78,9 +78,8 @@ class RunGuard:
 
     def start(self) -> None:
         """Begins to watch, where there is anything: a GPU, a UPS, a budget or hours."""
-        if self._gpu is not None and self._gpu.note is not None:
-            self._record("note", text=self._gpu.note)
-        watched = (self._gpu, self._ups, self._limits.budget, self._limits.windows or None)
+        self._tell_notes()
+        watched = (self._gpus or None, self._ups, self._limits.budget, self._limits.windows or None)
         if any(part is not None for part in watched):
             self._look()  # the first order is there before the first step
             self._thread.start()
@@ -90,9 +89,9 @@ class RunGuard:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        for watts in limits_to_restore(self._state):
-            if watts is not None and self._gpu is not None:
-                self._gpu.put_back(watts)
+        for gpu, watts in zip(self._gpus, limits_to_restore(self._state), strict=False):
+            if watts is not None:
+                gpu.put_back(watts)
 
     def saw_save(self, blocked_seconds: float) -> None:
         """Told what a save cost: the battery must last for three of them."""
@@ -133,13 +132,19 @@ class RunGuard:
             reasons = decision.reasons or self._decision.reasons  # why it still waits
             before, self._decision = self._decision, replace(decision, reasons=reasons)
             self._save_wanted = self._save_wanted or decision.save
-        for watts in decision.power_limits_w:
-            if watts is not None and self._gpu is not None:
-                self._gpu.set_limit(watts)
+        for gpu, watts in zip(self._gpus, decision.power_limits_w, strict=False):
+            if watts is not None:
+                gpu.set_limit(watts)
+        self._tell_notes()
         if decision.reasons or decision.action != before.action or decision.save:
             self._tell(decision, readings)
         for text in decision.notes:
             self._record("note", text=text)
+
+    def _tell_notes(self) -> None:
+        for gpu in self._gpus:
+            while gpu.notes:
+                self._record("note", text=gpu.notes.pop(0))
 
     def _tell(self, decision: Decision, readings: Readings) -> None:
         gpu = readings.gpus[0] if readings.gpus else None
@@ -158,22 +163,29 @@ class RunGuard:
         now = time.monotonic()
         here = time.localtime()
         reading = self._ups.read() if self._ups is not None else None
-        gpus = () if self._gpu is None else (self._gpu.nvml.read(self._gpu.index),)
-        self._count_energy(now, gpus[0].power_w if gpus else self._cpu_power.watts() if self._cpu_power else None)
+        gpus = tuple(gpu.nvml.read(gpu.index) for gpu in self._gpus)
+        self._count_energy(now, self._watts(gpus))
         energy_kwh = self._joules / 3.6e6 if self._energy_known else None
         return Readings(
             time_s=now,
             local_minute_of_day=here.tm_hour * 60 + here.tm_min,
             weekday=here.tm_wday,
             gpus=gpus,
-            gpu_limits=() if self._gpu is None else (self._gpu.limits,),
+            gpu_limits=tuple(gpu.limits for gpu in self._gpus),
             mains=self._mains_state(reading, now),
             ups=reading,
             energy_kwh=energy_kwh,
             money=None if energy_kwh is None else energy_kwh * self._price,
             tokens_per_second=self._tokens_per_second,
-            may_set_power=self._gpu is not None and self._gpu.may_set_power,
+            may_set_power=bool(self._gpus) and all(gpu.may_set_power for gpu in self._gpus),
         )
+
+    def _watts(self, gpus: tuple[GpuReading, ...]) -> float | None:
+        """What the run draws; None where a card does not say."""
+        if not gpus:
+            return self._cpu_power.watts() if self._cpu_power else None
+        known = [gpu.power_w for gpu in gpus if gpu.power_w is not None]
+        return sum(known) if len(known) == len(gpus) else None
 
     def _mains_state(self, reading: UpsReading | None, now: float) -> MainsState | None:
         return None if reading is None or self._mains is None else self._mains.update(reading, now)
@@ -189,37 +201,39 @@ class RunGuard:
 
 
 class _Gpu:
-    """The GPU that trains, and whether its power limit may be set."""
+    """A GPU that trains, and whether its power limit may be set. `notes` are for the record, taken out when told."""
 
     def __init__(self, nvml: Nvml, index: int, run_folder: Path) -> None:
         self.nvml = nvml
         self.index = index
         self.limits = nvml.limits(index)
         self.may_set_power = True
-        self.note: str | None = None
+        self.notes: list[str] = []
         self._found_w = nvml.read(index).power_limit_w
         self._kept = FoundLimit(run_folder, self.limits.uuid)
-        self._lowered = False
+        self._is_kept = False
         left_w = self._kept.left()
-        if left_w is not None and self._found_w is not None and self._found_w < left_w:
+        if left_w is not None and self._found_w is not None:
             self._repair(self._found_w, left_w)
         # Set as it is: only the right is tried.
         self.may_set_power = self._found_w is not None and self.set_limit(self._found_w)
 
     def _repair(self, found_w: float, left_w: float) -> None:
+        if found_w >= left_w:  # somebody has put it back, and what he sets from now on is his wish
+            self._forget()
+            return
         how = f"GPU {self.index} still had the power limit of {found_w:.0f} W that a killed process of this run had set"
         if self.set_limit(left_w):
             self._found_w = left_w
-            self._kept.forget()
-            self.note = f"{how}; it has its {left_w:.0f} W again"
+            self._forget()
+            self.notes.append(f"{how}; it has its {left_w:.0f} W again")
         else:
-            self.note = f"{how}; `sudo nvidia-smi -i {self.index} -pl {left_w:.0f}` puts it back"
+            self.notes.append(f"{how}; `sudo nvidia-smi -i {self.index} -pl {left_w:.0f}` puts it back")
 
     def set_limit(self, watts: float) -> bool:
         """Whether the card took the limit."""
-        if self._found_w is not None and watts < self._found_w and not self._lowered:
-            self._kept.keep(self._found_w)
-            self._lowered = True
+        if self._found_w is not None and watts < self._found_w and not self._is_kept:
+            self._keep(self._found_w)
         try:
             self.nvml.set_power_limit(self.index, watts)
         except (NotPermitted, ValueError):
@@ -230,4 +244,21 @@ class _Gpu:
     def put_back(self, watts: float) -> None:
         """The limit as it was found."""
         if self.set_limit(watts):
+            self._forget()
+
+    def _keep(self, found_w: float) -> None:
+        """Heat does not wait for a disk that takes nothing: the limit is lowered all the same."""
+        self._is_kept = True
+        try:
+            self._kept.keep(found_w)
+        except OSError as error:
+            self.notes.append(
+                f"the power limit of GPU {self.index}, {found_w:.0f} W, could not be written down ({error}): after a "
+                "kill it would stay lowered until the machine restarts"
+            )
+
+    def _forget(self) -> None:
+        try:
             self._kept.forget()
+        except OSError as error:
+            self.notes.append(f"the kept power limit of GPU {self.index} could not be removed ({error})")

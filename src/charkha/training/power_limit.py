@@ -11,7 +11,7 @@ from pathlib import Path
 
 from charkha.store import durable
 
-FILE = "power-limit.json"
+FILE = "power-limit-{gpu}.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -19,7 +19,7 @@ class FoundLimit:
     """The limit of one GPU as it was before the guard of this run lowered it."""
 
     def __init__(self, run_folder: Path, gpu_uuid: str | None) -> None:
-        self._path = run_folder / FILE
+        self._path = run_folder / FILE.format(gpu=gpu_uuid or "unknown")
         self._gpu = gpu_uuid
 
     def keep(self, watts: float) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 
-from charkha.backends.base import Order
+from charkha.backends.base import Order, Place
 from charkha.data.shards import open_shard
 from charkha.store.checkpoints import CheckpointStore, read_manifest
-from charkha.training.launch import FAILURE, READY, RankWork, failure_file, failure_of, work_file
+from charkha.training.launch import FAILURE, READY, STOP_SIGNALS, RankWork, failure_file, failure_of, told_file
 from charkha.training.signals import end_with_parent
 
 
@@ -24,22 +25,29 @@ class _Follower:
         """Nothing: the first process waits for this one at every step, so its heartbeat is that of all."""
 
 
-def main(told: Path) -> int:
+def main(path: Path) -> int:
     """Trains as the file says; the exit code. What goes wrong is left in a file beside it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a service manager tells every process to end
+    for number in STOP_SIGNALS:  # a service manager tells every process to end; the first one decides
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
-    work = work_file.validate_json(told.read_bytes())
-    try:
-        _train(work, told.with_name(READY.format(rank=work.place.rank)))
-    except Exception as error:  # noqa: BLE001  told to the first process, whatever it is
-        failure = told.with_name(FAILURE.format(rank=work.place.rank))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    told = told_file.validate_json(path.read_bytes())
+    end_with_parent(told.parent, signal.SIGKILL)
+    failure = path.with_name(FAILURE.format(rank=told.rank))
+
+    def fails(error: BaseException) -> None:
+        """Tells and leaves at once: tearing NCCL down may wait for the first process, which waits for this one."""
         failure.write_bytes(failure_file.dump_json(failure_of(error)))
-        return 1
+        os._exit(1)
+
+    place = Place(told.rank, told.count, told.meeting, fails=fails)
+    try:
+        _train(told.work, place, path.with_name(READY.format(rank=told.rank)))
+    except Exception as error:  # noqa: BLE001  told to the first process, whatever it is
+        fails(error)
     return 0
 
 
-def _train(work: RankWork, ready: Path) -> None:
+def _train(work: RankWork, place: Place, ready: Path) -> None:
     from charkha.backends.torch.quiet import quiet_libraries
 
     quiet_libraries()
@@ -62,7 +70,7 @@ def _train(work: RankWork, ready: Path) -> None:
         steering=_Follower(),
         record=lambda name, **fields: None,
         final_folder=store.staging,
-        place=work.place,
+        place=place,
     )
 
 

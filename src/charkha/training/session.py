@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import Place, TrainOutcome
+from charkha.backends.base import TrainOutcome
 from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
 from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
@@ -42,6 +42,7 @@ from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
 
 FINAL = "final"  # under staging/
+_TELL_S = 5.0
 
 
 def train(
@@ -111,7 +112,7 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
 
     trackers = open_trackers(require_trackers(session.resolved.report_to), run.path, session.resolved)
 
-    sensors = _sensors(session.base.device)
+    sensors = _sensors(session.base.device, session.processes)
     one_at_a_time = threading.Lock()  # the guard records from a thread of its own
 
     def record(name: str, **fields: Any) -> None:
@@ -130,7 +131,7 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
     guard = RunGuard(
         session.resolved,
         record,
-        gpu_index=_gpu_index,
+        gpu_indices=lambda nvml: _gpu_indices(nvml, session.processes),
         run_folder=run.path,
         energy_kwh_before=energy_kwh_of(run.events()) or 0,
     )
@@ -176,7 +177,11 @@ def _run_backend(
 
     def give_up(loss: TrainingFailed) -> None:
         """This process waits for one that is gone, in a library that nothing interrupts."""
-        record("status", status="failed", reason=loss.message, kind=loss.kind)
+        telling = threading.Thread(
+            target=record, args=("status",), kwargs={"status": "failed", "reason": loss.message, "kind": loss.kind}
+        )
+        telling.start()
+        telling.join(_TELL_S)  # a tracker may not answer either
         os._exit(loss.exit_code)
 
     work = _rank_work(session, checkpoint)
@@ -218,21 +223,20 @@ def _rank_work(session: Session, checkpoint: Checkpoint | None) -> RankWork:
         pad_id=session.data.pad_id,
         run=session.run.path,
         resume_from=None if checkpoint is None else checkpoint.path,
-        place=Place(),
     )
 
 
-def _gpu_index(nvml: Nvml) -> int | None:
-    from charkha.backends.torch.device import gpu_uuid
+def _gpu_indices(nvml: Nvml, processes: int) -> list[int]:
+    from charkha.backends.torch.device import gpu_uuids
 
-    uuid = gpu_uuid()
-    return None if uuid is None else nvml.index_of(uuid)
+    found = [nvml.index_of(uuid) for uuid in gpu_uuids()[:processes]]
+    return [index for index in found if index is not None]
 
 
-def _sensors(device: str) -> DeviceSensors:
-    from charkha.backends.torch.device import gpu_uuid
+def _sensors(device: str, processes: int) -> DeviceSensors:
+    from charkha.backends.torch.device import gpu_uuids
 
-    return DeviceSensors(device, gpu_uuid() if device == "cuda" else None)
+    return DeviceSensors(device, gpu_uuids()[:processes] if device == "cuda" else [])
 
 
 def _final_folder(session: Session) -> Path:

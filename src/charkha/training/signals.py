@@ -58,15 +58,15 @@ def under_nohup(number: int) -> bool:
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
-def end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Has the system send a signal to this process when its parent dies: no run goes on without its supervisor.
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Has the system send a signal to this process when `parent` dies: no run goes on without its supervisor.
 
-    Linux only; elsewhere a worker whose supervisor was killed trains to its end.
+    `parent` is the process id of the one that started this (not always the present one: it may be dead already; and in
+    a container its number may be 1). Linux only; elsewhere a worker whose supervisor was killed trains to its end.
     """
     if not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number)
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != parent:
         os.kill(os.getpid(), number)  # it died before the call

@@ -7,6 +7,7 @@ heartbeat file; the run itself goes on from its newest verified checkpoint, as a
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -195,4 +196,4 @@ def _signal_name(number: int) -> str:
 def worker_command(config: Path, arguments: Sequence[str], *, debug: bool = False) -> list[str]:
     """The command line of a worker: this very program, in the foreground, blind to modules in the working folder."""
     program = [sys.executable, "-P", "-m", "charkha", *(["--debug"] if debug else [])]
-    return [*program, "train", str(config), *arguments, "--foreground", "--follow-parent"]
+    return [*program, "train", str(config), *arguments, "--foreground", "--follow-parent", str(os.getpid())]

@@ -16,8 +16,8 @@ def find_device() -> tuple[str, str, bool, tuple[int, int] | None, int]:
     return "cpu", "CPU", True, None, 1
 
 
-def gpu_uuid() -> str | None:
-    """The UUID of the CUDA device that training uses, by which NVML finds it; None without one."""
+def gpu_uuids() -> list[str]:
+    """The UUIDs of the CUDA devices that training may use, in torch's order, by which NVML finds them."""
     if not torch.cuda.is_available():
-        return None
-    return str(torch.cuda.get_device_properties(0).uuid)
+        return []
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]

@@ -28,7 +28,7 @@ _RETRY_S = 5.0
 _DISK_TROUBLE = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EACCES,
-        errno.EPERM, errno.ENODEV, errno.ESTALE,
+        errno.EPERM, errno.ENODEV, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.ETIMEDOUT,
     }
 )  # fmt: skip
 

@@ -95,6 +95,7 @@ def train(
         if base.device == "cpu" and ranks.is_first:
             trainer.add_callback(window)
         trainer.add_callback(keeper)
+        ranks.take_from_first(parameter for _name, parameter in saved_state.trainable(model))
         _draw_apart(plan.seed, ranks)
         with device_errors_told(), _full_disk_is_told(store.folder), closing(window), closing(keeper):
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from.path))
