@@ -77,8 +77,10 @@ def _selectively_kept(architecture: Architecture, settings: MemorySettings) -> i
 def _adapter_outputs(architecture: Architecture, settings: MemorySettings) -> int:
     """What DoRA and IA3 keep of every adapted product: they scale it by a trained vector."""
     targets = adapter_targets(architecture, settings)
-    if settings.method == "dora":  # the base's product and the adapter's, both multiplied by the magnitude
-        return settings.positions * sum(linear.outputs for linear in targets) * 2 * settings.activation_bytes
+    if settings.method == "dora":
+        # The base's product and the adapter's, both multiplied by the magnitude; of what was dropped out, again.
+        products = 3 if settings.lora_dropout > 0 else 2
+        return settings.positions * sum(linear.outputs for linear in targets) * products * settings.activation_bytes
     if settings.method == "ia3":  # products as they were; before the MLP's last linear the scaled input, in fp32
         scaled = sum(linear.outputs for linear in targets if linear.reads != "mlp_inner") * settings.activation_bytes
         inner = sum(linear.inputs for linear in targets if linear.reads == "mlp_inner") * FULL_BYTES
