@@ -229,8 +229,9 @@ def _backward_temporaries(architecture: Architecture, settings: MemorySettings) 
     if settings.is_full and not architecture.experts:
         mlp += width * architecture.intermediate_size * architecture.hidden_size
     mlp += _scaling_gradients(architecture, settings)
-    if settings.method == "dora":  # the whole adapted matrix in fp32 and its norm, to scale by
-        mlp += 2 * FULL_BYTES * max((linear.weights for linear in architecture.linears), default=0)
+    if settings.method == "dora":  # the whole adapted matrix and its norm in fp32, to scale by, and its 16-bit copies
+        copies = 2 * HALF_BYTES if settings.autocast else 0
+        mlp += (2 * FULL_BYTES + copies) * max((linear.weights for linear in architecture.linears), default=0)
     # When attention's turn comes, what the MLP had kept is gone.
     freed = _mlp(architecture, settings) + _linear_inputs(architecture, settings, ("mlp_in", "mlp_inner"))
     return max(mlp, _attention_backward(architecture, settings) - freed)
