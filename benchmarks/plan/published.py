@@ -33,6 +33,15 @@ _OWN_MODELS = ("torchtune", "torchtitan", "litgpt", "llm-foundry", "torchao", "p
 _ADAPTERS_IN_16_BITS = ("torchtune", "litgpt", "fsdp_qlora", "unsloth")
 
 
+# llm-foundry's yamls: width, layers, heads.
+_MPT = {
+    f"MPT-{size}": {"model_type": "mpt", "d_model": width, "n_layers": layers, "n_heads": heads, "vocab_size": 50368}
+    for size, width, layers, heads in (
+        ("1b", 2048, 24, 16), ("3b", 2560, 32, 20), ("7b", 4096, 32, 32), ("13b", 5120, 40, 40), ("30b", 7168, 48, 64),
+    )
+}  # fmt: skip
+
+
 class NotExpressible(Exception):
     """Why a row cannot be put to the planner."""
 
@@ -89,8 +98,7 @@ def express(row: Row) -> Published:
 
 def _architecture(row: Row) -> Architecture:
     name = re.sub(r"\s*\(.*\)$", "", row["model"])
-    name = {"MPT-7b": "mosaicml/mpt-7b", "MPT-30b": "mosaicml/mpt-30b"}.get(name, name)
-    config = popular_config(name)
+    config = _MPT[name] if name in _MPT else popular_config(name)
     if config is None:
         raise NotExpressible(f"the shape of {row['model']} is not in the table of models")
     try:

@@ -226,6 +226,7 @@ _CAUSES = (
     (r"^(titan|ao-tt)", "torchtitan's option 2 checkpoints every second layer whole; counted as its per-op policy"),
     (r"^tt-0[68]", "405B and offloaded 70B: torchtune gathers and offloads in its own order"),
     (r"^fms-a04[1-7]|^fms-a06[01]", "experts one after another, each with its own launches and a wait for the host"),
+    (r"^foundry", "rows of 8,192 to 32,768 tokens with a Triton attention of 2023, slower than today's kernels"),
     (r"^(axo|lf-|ps-|peftdoc|tt-|xtuner)", "class B: lengths, counter or batch are not stated"),
 )
 

@@ -235,6 +235,26 @@ def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
     assert any("no fake kernels" in reason for reason in record["reasons"])
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({}, "training.batch_size=1000000000"),
+        ({}, "training.epochs=1e12"),
+        ({"max_position_embeddings": 10**12}, "data.max_length=1000000000000"),
+        ({"num_hidden_layers": 10**9}, "training.batch_size=1"),
+        ({"hidden_size": 8 * 10**9, "vocab_size": 10**12}, "adapter.r=1000000"),
+    ],
+)
+def test_absurd_values_are_answered_soon(workshop: Path, shape: Any, settings: str) -> None:
+    (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | shape))
+    began = time.process_time()
+    config, method = str(workshop / "charkha.yaml"), ("--method", "closed_form")
+    result = CliRunner().invoke(app, ["plan", config, "--json", "--gpu", "rtx 4090", *method, "--set", settings])
+    assert result.exit_code in (0, 2, 3), result.output
+    assert json.loads(result.stdout)
+    assert time.process_time() - began < 5
+
+
 def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
     answers = [
         plan(workshop, "--gpu", "rtx 4090", "--buy-or-rent", "--hours-per-day", hours)["buy_or_rent"]

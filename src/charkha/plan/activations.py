@@ -77,8 +77,10 @@ def _selectively_kept(architecture: Architecture, settings: MemorySettings) -> i
 def _adapter_outputs(architecture: Architecture, settings: MemorySettings) -> int:
     """What DoRA and IA3 keep of every adapted product: they scale it by a trained vector."""
     targets = adapter_targets(architecture, settings)
-    if settings.method == "dora":  # the base's product and the adapter's, both multiplied by the magnitude
-        return settings.positions * sum(linear.outputs for linear in targets) * 2 * settings.activation_bytes
+    if settings.method == "dora":
+        # The base's product and the adapter's, both multiplied by the magnitude; of what was dropped out, again.
+        products = 3 if settings.lora_dropout > 0 else 2
+        return settings.positions * sum(linear.outputs for linear in targets) * products * settings.activation_bytes
     if settings.method == "ia3":  # products as they were; before the MLP's last linear the scaled input, in fp32
         scaled = sum(linear.outputs for linear in targets if linear.reads != "mlp_inner") * settings.activation_bytes
         inner = sum(linear.inputs for linear in targets if linear.reads == "mlp_inner") * FULL_BYTES
@@ -227,8 +229,9 @@ def _backward_temporaries(architecture: Architecture, settings: MemorySettings) 
     if settings.is_full and not architecture.experts:
         mlp += width * architecture.intermediate_size * architecture.hidden_size
     mlp += _scaling_gradients(architecture, settings)
-    if settings.method == "dora":  # the whole adapted matrix in fp32 and its norm, to scale by
-        mlp += 2 * FULL_BYTES * max((linear.weights for linear in architecture.linears), default=0)
+    if settings.method == "dora":  # the whole adapted matrix and its norm in fp32, to scale by, and its 16-bit copies
+        copies = 2 * HALF_BYTES if settings.autocast else 0
+        mlp += (2 * FULL_BYTES + copies) * max((linear.weights for linear in architecture.linears), default=0)
     # When attention's turn comes, what the MLP had kept is gone.
     freed = _mlp(architecture, settings) + _linear_inputs(architecture, settings, ("mlp_in", "mlp_inner"))
     return max(mlp, _attention_backward(architecture, settings) - freed)

@@ -21,6 +21,7 @@ from charkha.plan.speed import StepTime, step_time
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
 _LONGEST_LOOKED_AT = 2**20
 _CARDS_NAMED = 2
+_MOST_ROWS = 1024  # of a micro batch, that are looked at
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _strategies(settings: MemorySettings, machine: Machine) -> list[tuple[Any, i
 
 
 def _micro_batches(per_device: int) -> list[int]:
-    sizes = [size for size in range(1, max(1, per_device) + 1) if per_device % size == 0]
+    sizes = [size for size in range(1, min(max(1, per_device), _MOST_ROWS) + 1) if per_device % size == 0]
     return sizes if len(sizes) <= 6 else [*sizes[:5], sizes[-1]]
 
 

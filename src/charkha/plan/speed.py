@@ -74,7 +74,7 @@ def step_time(
     products = flops * settings.positions / limits.flops
     return StepTime(
         products_seconds=products,
-        attention_seconds=attention * settings.positions / (0.6 * limits.flops),
+        attention_seconds=attention * settings.positions / (_attention_share(gpu) * limits.flops),
         traffic_seconds=_traffic_bytes(architecture, settings) / limits.bytes_per_second,
         dequantization_seconds=_dequantized_bytes(architecture, settings) / limits.bytes_per_second,
         communication_seconds=max(_ALWAYS_SEEN * gathered, gathered - 0.7 * products)
@@ -83,6 +83,11 @@ def step_time(
         optimizer_seconds=_optimizer_bytes(architecture, settings) / limits.bytes_per_second,
         flops_per_token=flops + attention,
     )
+
+
+def _attention_share(gpu: Gpu | None) -> float:
+    """Of what matrix products reach. FlashAttention 2 and torch's kernels do not use Hopper's own instructions."""
+    return 0.36 if gpu is not None and (gpu.capability or (0, 0)) >= (9, 0) else 0.48
 
 
 @dataclass(frozen=True)

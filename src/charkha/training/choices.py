@@ -180,7 +180,7 @@ class Chooser:
         by_rows = self._facts.device == "cpu" and not packed
         most = 16 if by_rows else max(1, 4096 // max(longest_row, 1))
         # A divisor of the batch: every micro batch of a step is then equally full.
-        fitting = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= max(most, 1))
+        fitting = max(size for size in range(1, min(batch, max(most, 1)) + 1) if batch % size == 0)
         reason = (
             "a whole batch of short rows at once" if fitting == batch else "a divisor of batch_size, about 4096 tokens"
         )

@@ -73,7 +73,7 @@ def preview(
         gradient_checkpointing=plan.gradient_checkpointing,
         accumulation_steps=-(-plan.batch_size // plan.micro_batch_size),
         loss_head="chunked" if plan.loss_head == "chunked" else "full",
-        trained_positions=_trained_positions(shard, plan) if plan.packing is None else None,
+        trained_positions=trained_positions(shard, plan.micro_batch_size) if plan.packing is None else None,
         optimizer=plan.optimizer,
         num_virtual_tokens=adapter.num_virtual_tokens if adapter.method == "prompt_tuning" else 0,
         modules_to_save=adapter.modules_to_save,
@@ -92,12 +92,12 @@ def preview(
     return Preview(preview_memory(architecture, settings), None)
 
 
-def _trained_positions(shard: Shard, plan: StepPlan) -> int:
+def trained_positions(shard: Shard, micro_batch_size: int) -> int:
     """Positions of the longest micro batch whose logits the loss takes: columns where some row is trained, in all rows.
 
     (The chunked head takes the trained tokens alone, which are at most as many.)
     """
-    longest = np.argsort(shard.lengths, kind="stable")[-plan.micro_batch_size :]
+    longest = np.argsort(shard.lengths, kind="stable")[-micro_batch_size:]
     columns = np.zeros(int(shard.lengths.max()), dtype=bool)
     for row in longest:
         trained = shard.trained(int(row))

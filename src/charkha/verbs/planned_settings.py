@@ -6,7 +6,8 @@ it is taken from the machine that is planned for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from charkha.config import Config, unsupported
@@ -30,7 +31,7 @@ class Rows:
     longest: int
     mean: float
     count: int | None
-    trained_positions: int | None = None  # of the longest micro batch
+    trained_positions: Mapping[int, int] = field(default_factory=dict)  # of the longest micro batch, by its rows
     known: bool = False  # whether lengths were counted, not taken as max_length
     packed: bool = False
 
@@ -82,7 +83,7 @@ def planned_settings(
         gradient_checkpointing=selective or chooser.gradient_checkpointing(rows.longest, architecture.parameters),
         accumulation_steps=-(-training.batch_size // (micro * processes)),
         loss_head=_loss_head(config, chooser, micro, rows.longest, architecture.vocab_size),
-        trained_positions=rows.trained_positions,
+        trained_positions=rows.trained_positions.get(micro),
         optimizer="adamw_torch_fused" if training.optimizer == "auto" else training.optimizer,
         device=cast(Any, machine.device),
         attention="sdpa" if model.attention == "auto" else model.attention,

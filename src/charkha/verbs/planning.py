@@ -153,6 +153,7 @@ def _count_rows(loaded: LoadedConfig) -> tuple[int | None, list[str]]:
 
 def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Rows, list[str]]:
     from charkha.training.dataset import prepare_data
+    from charkha.training.preview import trained_positions
 
     if not all(
         (loaded.folder / Path(source if isinstance(source, str) else source.path).expanduser()).is_file()
@@ -161,12 +162,14 @@ def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Row
         count, note = _count_rows(loaded)
         return Rows(max_length, float(max_length), count, packed=loaded.config.data.packing is True), note
     with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
-        lengths = prepare_data(loaded, folder, Path(scratch), max_length, None).train.lengths
-        longest, mean, count = int(lengths.max()), float(lengths.mean()), len(lengths)
+        shard = prepare_data(loaded, folder, Path(scratch), max_length, None).train
+        longest, mean, count = int(shard.lengths.max()), float(shard.lengths.mean()), len(shard.lengths)
+        batch = min(loaded.config.training.batch_size, count)
+        trained = {rows: trained_positions(shard, rows) for rows in range(1, batch + 1) if batch % rows == 0}
     if loaded.config.data.packing is True:
         filled = max(1, -(-int(mean * count) // max_length))
         return Rows(max_length, mean * count / filled, filled, known=True, packed=True), []
-    return Rows(longest, mean, count, known=True), []
+    return Rows(longest, mean, count, trained, known=True), []
 
 
 def _record(
