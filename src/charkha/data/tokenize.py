@@ -120,8 +120,8 @@ def _prepare(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, trai
     words: dict[str, str] = {}
     guarded: Row = row
     if isinstance(row, ChatRow):
-        guard = guard_turns(row.turns, tokenizer)
-        words, guarded = guard.words, replace(row, turns=guard.turns)
+        guard = guard_turns(row.turns, tokenizer, row.tools)
+        words, guarded = guard.words, replace(row, turns=guard.turns, tools=guard.tools)
     return _Prepared(row, render_row(guarded, template, tokenizer.special, train_on), words)
 
 
