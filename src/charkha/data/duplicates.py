@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -182,14 +182,14 @@ class DuplicateIndex:
                 alike = similarity >= THRESHOLD
                 yield one[alike], other[alike], similarity[alike]
 
-    def _open(self, name: str, dtype: np.dtype[np.generic], width: int) -> NDArray[np.generic]:
+    def _open(self, name: str, dtype: np.dtype[np.generic], width: int) -> NDArray[Any]:
         for file in self._files:
             file.flush()
         if self.rows == 0:
             return np.empty((0, width), dtype=dtype)
         return np.memmap(Path(self._folder.name) / name, dtype=dtype, mode="r").reshape(-1, width)
 
-    def _groups(self, keys: NDArray[np.generic]) -> Iterator[_Groups]:
+    def _groups(self, keys: NDArray[Any]) -> Iterator[_Groups]:
         """Rows in the order of their keys, part by part; equal keys stand in one part, in the order of the rows."""
         parts = max(1, -(-len(keys) // _ROWS_AT_ONCE))
         for part in range(parts):
@@ -230,7 +230,7 @@ def _last_training(group: _Groups, training_rows: int) -> NDArray[np.int64]:
     return np.where(last >= start, group.rows[np.maximum(last, 0)], -1)
 
 
-def _rows_of_part(keys: NDArray[np.generic], part: int, parts: int) -> NDArray[np.int64]:
+def _rows_of_part(keys: NDArray[Any], part: int, parts: int) -> NDArray[np.int64]:
     if parts == 1:
         return np.arange(len(keys), dtype=np.int64)
     found = [

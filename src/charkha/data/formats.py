@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from charkha.data.fixing import is_left_out, left_out, repaired
 from charkha.data.layouts import LAYOUTS, Layout, check_mapping, choose_layout, columns_of, refuse_media, renamed
 from charkha.data.normal_form import normalized
 from charkha.data.readers import open_records
@@ -29,7 +30,7 @@ class ReadOptions:
     """How a file is read. `mapping` is our column name -> the file's (`{"prompt": "question"}`).
 
     `assistant` names who is the assistant in a chat export; `normalize` is none or nfc; `keep` are further columns
-    whose values go along with the rows, for splitting by them.
+    whose values go along with the rows, for splitting by them. `fix` makes the safe repairs of `fixing.py`.
     """
 
     format: str = "auto"
@@ -37,6 +38,7 @@ class ReadOptions:
     assistant: str | None = None
     normalize: str = "none"
     keep: tuple[str, ...] = ()
+    fix: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RowBlock:
     columns: tuple[str, ...]
     blank: int
     kept: tuple[tuple[str | None, ...], ...] = ()
+    fixes: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,25 +67,47 @@ class RowTask:
         """The rows. Raises DataError for a row with pictures."""
         parsed = self.block.parse()
         refuse_media(self.path, parsed.records)
-        rows: list[Row] = []
-        warnings: list[Problem] = []
-        problems = list(parsed.problems)
-        kept: list[tuple[str | None, ...]] = []
+        judged = _Judged(problems=list(parsed.problems))
         for record in parsed.records:
-            result = read_row(
-                renamed(record, self.options.mapping), "text" if self.layout is None else self.layout.name
-            )
-            if isinstance(result, Problem):
-                problems.append(result)
-                continue
+            self._judge(record, judged)
+        judged.problems.sort(key=lambda problem: problem.line or 0)
+        return RowBlock(
+            rows=tuple(judged.rows),
+            problems=tuple(with_remedy(problem) for problem in judged.problems),
+            warnings=tuple(judged.warnings),
+            columns=columns_of(parsed.records),
+            blank=parsed.blank,
+            kept=tuple(judged.kept),
+            fixes=tuple(judged.fixes),
+        )
+
+    def _judge(self, record: Record, judged: _Judged) -> None:
+        kept = _kept(record, self.options.keep)
+        record = renamed(record, self.options.mapping)
+        if self.options.fix:
+            record, fixes = repaired(record)
+            judged.fixes.extend(fixes)
+        result = read_row(record, "text" if self.layout is None else self.layout.name)
+        if not isinstance(result, Problem):
             row = normalized(result, self.options.normalize)
-            rows.append(row)
-            warnings.extend(suspicions_in(row))
-            kept.append(_kept(record, self.options.keep))
-        problems.sort(key=lambda problem: problem.line or 0)
-        columns = columns_of(parsed.records)
-        told = tuple(with_remedy(problem) for problem in problems)
-        return RowBlock(tuple(rows), told, tuple(warnings), columns, parsed.blank, tuple(kept))
+            judged.rows.append(row)
+            judged.warnings.extend(suspicions_in(row))
+            judged.kept.append(kept)
+        elif self.options.fix and is_left_out(result):
+            judged.fixes.append(left_out(result))
+        else:
+            judged.problems.append(result)
+
+
+@dataclass
+class _Judged:
+    """What has been made of a block so far."""
+
+    problems: list[Problem]
+    rows: list[Row] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    kept: list[tuple[str | None, ...]] = field(default_factory=list)
+    fixes: list[Problem] = field(default_factory=list)
 
 
 def _kept(record: Record, names: Sequence[str]) -> tuple[str | None, ...]:
@@ -166,15 +191,17 @@ class FileTally:
         self._blank = 0
         self.problems = ProblemList()
         self.warnings = ProblemList()
+        self.fixes = ProblemList()
         self.rows = 0
 
-    def add(self, block: RowBlock) -> None:
-        """Takes in the next block."""
+    def add(self, block: RowBlock, rows: int | None = None) -> None:
+        """Takes in the next block; `rows` is said where the block's own rows stayed in another process."""
         self._columns.update(dict.fromkeys(block.columns))
         self._blank += block.blank
-        self.rows += len(block.rows)
+        self.rows += len(block.rows) if rows is None else rows
         self.problems.extend(block.problems)
         self.warnings.extend(block.warnings)
+        self.fixes.extend(block.fixes)
 
     def _is_read(self, column: str) -> bool:
         """Whether the layout uses a column of the file, under the name that the mapping gives it."""
@@ -191,7 +218,7 @@ class FileTally:
         undecoded = not self.rows and set(self.problems.counts) == {"not valid UTF-8"}
         notes = (
             *opened.notes, *blank_lines_note(self._blank), *_ignored_note(ignored),
-            *self.problems.notes("problems"), *self.warnings.notes("warnings"),
+            *self.problems.notes("problems"), *self.warnings.notes("warnings"), *self.fixes.notes("repairs"),
         )  # fmt: skip
         return ReadFile(
             path=opened.path,
@@ -206,6 +233,8 @@ class FileTally:
             row_count=self.rows,
             counts=tuple(self.problems.counts.items()),
             warning_counts=tuple(self.warnings.counts.items()),
+            fixes=tuple(self.fixes.kept),
+            fix_counts=tuple(self.fixes.counts.items()),
         )
 
 
@@ -229,6 +258,8 @@ class ReadFile:
     row_count: int = 0
     counts: tuple[tuple[str, int], ...] = ()
     warning_counts: tuple[tuple[str, int], ...] = ()
+    fixes: tuple[Problem, ...] = ()
+    fix_counts: tuple[tuple[str, int], ...] = ()
 
     def report(self) -> FileProblems:
         """The same without the rows themselves, as errors and `--json` carry it."""
@@ -308,3 +339,16 @@ def problem_line(path: str, problem: Problem) -> str:
 def reason_group(reason: str) -> str:
     """Reasons are written `kind: particulars`; they are counted by kind."""
     return reason.split(":", 1)[0]
+
+
+def first_rows(path: Path, options: ReadOptions, count: int) -> tuple[tuple[Row, ...], int]:
+    """(the first good rows of a file, problems among those before them); reads no further. Raises DataError."""
+    rows: list[Row] = []
+    problems = 0
+    for task in open_rows(path, options).tasks:
+        block = task.run()
+        rows.extend(block.rows)
+        problems += len(block.problems)
+        if len(rows) >= count:
+            break
+    return tuple(rows[:count]), problems

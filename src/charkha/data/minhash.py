@@ -56,7 +56,7 @@ def _signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     padded = [text if len(text) >= _WINDOW else text.ljust(_WINDOW, "\0") for text in texts]
     counts = np.asarray([len(text) - _WINDOW + 1 for text in padded], dtype=np.int64)
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-    hashes = _mixed(_windows(letters))
+    hashes = mixed(_windows(letters))
     inside = np.ones(len(hashes), dtype=np.bool_)
     ends = np.cumsum(counts + _WINDOW - 1)[:-1]
     for reach in range(1, _WINDOW):
@@ -79,8 +79,8 @@ def _windows(letters: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return result
 
 
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finalizer (Steele, Lea and Flood, 2014): every bit depends on every bit."""
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014) of each value: every bit depends on every bit."""
     values = values ^ (values >> np.uint64(30))
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
