@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,18 @@ import pytest
 
 from charkha.data.encoded import EncodedRow
 from charkha.data.formats import read_rows
+from charkha.data.render import render_row
 from charkha.data.rows import ChatRow, PromptRow, Row, TextRow, ToolCall, Turn
 from charkha.data.templates import ChatTemplate, load_template
-from charkha.data.tokenize import encode_prompt, encode_row, encode_row_with_texts, encode_rows, end_ids
+from charkha.data.tokenize import (
+    _flags_by_ends,
+    _flags_by_offsets,
+    encode_prompt,
+    encode_row,
+    encode_row_with_texts,
+    encode_rows,
+    end_ids,
+)
 from charkha.data.tokenizer import Tokenizer, load_tokenizer
 from charkha.errors import DataError, EnvironmentProblem
 
@@ -381,3 +391,28 @@ def test_a_special_token_in_a_call_is_text(tiny: Tokenizer) -> None:
     row = ChatRow((Turn("user", "x"), call, Turn("tool", "y"), Turn("assistant", "z")), 1)
     encoded = encode_row(row, tiny, ChatTemplate("test", CHATML_LIKE))
     assert list(encoded.input_ids).count(tiny.token_id("<|im_end|>")) == 4
+
+
+@pytest.mark.parametrize("model", ["tiny", "gpt2", "stories"])
+@pytest.mark.parametrize("family", ["chatml", "plain", "llama-3"])
+def test_the_short_way_to_the_mask_ends_where_the_long_one_does(
+    model: str, family: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(model)
+    template = load_template(Path("nowhere"), family)
+    words = ["hi", " yes", "नमस्ते दुनिया", "a  b", "é", "👩‍🌾", "\n\nx", "</s>", "1 2", "ஆம்", " ", "日本"]
+    rows = [
+        chat(f"{first}?", f"{second}{first}.", second + "x", third + "y")
+        for first, second, third in itertools.permutations(words, 3)
+    ]
+    taken = 0
+    for row in rows[::7]:
+        rendered = render_row(row, template, tokenizer.special)
+        encoding = tokenizer.encode_batch([rendered.text], rendered.add_special_tokens)[0]
+        short = _flags_by_ends(rendered, encoding)
+        if short is not None:
+            taken += 1
+            flags, straddles = _flags_by_offsets(rendered, encoding, end_ids(tokenizer, template))
+            assert (short[0] == flags).all(), rendered.text
+            assert short[1] == straddles
+    assert taken > 50

@@ -10,15 +10,17 @@ Signatures and bands are spilled to files; in memory stand one part of one band 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from charkha.data.formats import ReadOptions, RowTask, open_rows
 from charkha.data.minhash import BINS, signatures
 from charkha.data.rows import ChatRow, Row, content_hash, texts_of
+from charkha.data.workers import map_ordered, worker_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -274,6 +276,63 @@ def find_leakage(train: Iterable[Row], held_out: Iterable[Row]) -> LeakageReport
         for batch in _batches(held_out):
             index.add(mark_rows(batch))
         return index.leakage(training_rows)
+
+
+def duplicates_in_files(
+    paths: Sequence[Path],
+    options: ReadOptions | None = None,
+    *,
+    workers: int | None = None,
+    folder: Path | None = None,
+    progress: Callable[[Path, int], None] = lambda path, rows: None,
+) -> DuplicateReport:
+    """Exact and near repetitions among the rows of files, in several processes; spills into `folder`.
+
+    Rows are numbered through all files. Raises DataError for a file that cannot be used; bad rows are passed over.
+    """
+    with DuplicateIndex(folder) as index:
+        _add_files(index, paths, options, worker_count(paths, workers), progress)
+        return index.duplicates()
+
+
+def leakage_in_files(
+    train: Sequence[Path],
+    held_out: Sequence[Path],
+    options: ReadOptions | None = None,
+    *,
+    workers: int | None = None,
+    folder: Path | None = None,
+    progress: Callable[[Path, int], None] = lambda path, rows: None,
+) -> LeakageReport:
+    """As `find_leakage`, over files and in several processes."""
+    processes = worker_count([*train, *held_out], workers)
+    with DuplicateIndex(folder) as index:
+        _add_files(index, train, options, processes, progress)
+        training_rows = index.rows
+        _add_files(index, held_out, options, processes, progress)
+        return index.leakage(training_rows)
+
+
+def _add_files(
+    index: DuplicateIndex,
+    paths: Sequence[Path],
+    options: ReadOptions | None,
+    workers: int,
+    progress: Callable[[Path, int], None],
+) -> None:
+    for path in paths:
+        rows = 0
+        for marks in map_ordered(
+            _mark_block, open_rows(path, replace(options or ReadOptions(), warn=False)).tasks, None, workers
+        ):
+            index.add(marks)
+            rows += len(marks.hashes)
+            progress(path, rows)
+
+
+def _mark_block(_: None, task: RowTask) -> RowMarks:
+    """Runs in any process."""
+    return mark_rows(task.run().rows)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -30,7 +30,8 @@ class ReadOptions:
     """How a file is read. `mapping` is our column name -> the file's (`{"prompt": "question"}`).
 
     `assistant` names who is the assistant in a chat export; `normalize` is none or nfc; `keep` are further columns
-    whose values go along with the rows, for splitting by them. `fix` makes the safe repairs of `fixing.py`.
+    whose values go along with the rows, for splitting by them. `fix` makes the safe repairs of `fixing.py`;
+    without `warn` rows are not looked through for what seems wrong.
     """
 
     format: str = "auto"
@@ -39,6 +40,7 @@ class ReadOptions:
     normalize: str = "none"
     keep: tuple[str, ...] = ()
     fix: bool = False
+    warn: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class RowTask:
         if not isinstance(result, Problem):
             row = normalized(result, self.options.normalize)
             judged.rows.append(row)
-            judged.warnings.extend(suspicions_in(row))
+            if self.options.warn:
+                judged.warnings.extend(suspicions_in(row))
             judged.kept.append(kept)
         elif self.options.fix and is_left_out(result):
             judged.fixes.append(left_out(result))

@@ -108,7 +108,7 @@ def encode_guarded(rendered: Rendered, words: dict[str, str], tokenizer: Tokeniz
             ids.extend(int(one) for one in found)
             offsets.extend((position + int(start), position + int(end)) for start, end in places)
         position += len(text)
-    return Encoding(np.asarray(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
+    return Encoding(np.asarray(ids, dtype=np.int32), known=np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
 
 
 def _special_id(piece: str, tokenizer: Tokenizer) -> int | None:

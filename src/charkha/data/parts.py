@@ -40,6 +40,11 @@ class EncodeTask:
     repeats: NDArray[np.int64]
     held_out: NDArray[np.bool_]
 
+    @classmethod
+    def of_all(cls, source: str, rows: RowTask, count: int) -> EncodeTask:
+        """The block with each of its rows trained once."""
+        return cls(source, rows, np.ones(count, dtype=np.int64), np.zeros(count, dtype=np.bool_))
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedPart:
@@ -69,7 +74,7 @@ def encode_parts(
     folder.mkdir(parents=True, exist_ok=True)
     there = {number: part for number in range(parts) if (part := _read_part(folder, number)) is not None}
     wanted = _wanted(tasks, there)
-    made = map_ordered(_encode_task, wanted, settings, workers)
+    made = map_ordered(encode_task, wanted, settings, workers)
     result: list[EncodedPart] = []
     for number in range(parts):
         if number not in there:
@@ -94,11 +99,11 @@ def _wanted(tasks: Iterable[EncodeTask], there: dict[int, EncodedPart]) -> Itera
 
 
 def _encode_part(tasks: Sequence[EncodeTask], settings: EncodeSettings, workers: int) -> EncodedPart:
-    return joined_parts(list(map_ordered(_encode_task, tasks, settings, workers)))
+    return joined_parts(list(map_ordered(encode_task, tasks, settings, workers)))
 
 
-def _encode_task(settings: EncodeSettings, task: EncodeTask) -> EncodedPart:
-    """Runs in any process."""
+def encode_task(settings: EncodeSettings, task: EncodeTask) -> EncodedPart:
+    """The tokens of one block; runs in any process."""
     rows = task.rows.run().rows
     if len(rows) != len(task.repeats):
         raise DataError("the file changed while it was read", where=task.source, remedy="run the same command again")

@@ -116,7 +116,7 @@ def prepare_files(
     chosen = np.zeros(len(repeated), dtype=np.bool_)
     chosen[used] = held_out(SplitKeys(keys.hashes[used], keys.groups[used], keys.times[used]), split)
     eval_path = out.with_name(out.stem + ".eval.jsonl") if chosen.any() else None
-    _write(files, replace(options, keep=()), used & ~chosen, chosen, out, eval_path, processes)
+    _write(files, replace(options, keep=(), warn=False), used & ~chosen, chosen, out, eval_path, processes)
     reads = tuple(file.read for file in files)
     counts = int((used & ~chosen).sum()), int(chosen.sum())
     return Prepared(reads, out, counts[0], eval_path, counts[1], int(repeated.sum()), deduplicate)

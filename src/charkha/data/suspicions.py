@@ -29,6 +29,10 @@ _PATTERNS = (
     ("garbled", r"\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u2018-\u2122\u0080-\u00bf]|\u00e0[\u00a4-\u00b7][^\s\w]|\ufffd"),
 )  # fmt: skip
 _ALL = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS))
+# One class of letters, many times as fast to look for: a text without them holds none of the patterns.
+_FIRST = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f<\[{&\x7f-\x9f\u00c3\u00e0\u00e2\ufeff\ufffd\u0400-\u04ff\u0980-\u0df4]"
+)
 _TOLD = {
     "control": ("control character", "U+{code:04X} at character {place}"),
     "marker": ("template marker", "{found!r} at character {place} is read as plain text"),
@@ -45,7 +49,7 @@ def suspicions_in(row: Row) -> Iterator[Problem]:
         if len(text) > _LONGEST_TEXT:
             yield _warning(f"very long: {len(text)} characters", row, field)
         seen: set[str] = set()
-        for match in _ALL.finditer(text):
+        for match in _ALL.finditer(text) if _FIRST.search(text) else ():
             name = str(match.lastgroup)
             if name not in seen:
                 seen.add(name)

@@ -99,7 +99,7 @@ def encode_block(rows: Sequence[Row], settings: EncodeSettings) -> EncodedBlock:
     problems: list[Problem] = []
     tally: Counter[str] = Counter()
     kept: list[tuple[EncodedRow, ...]] = [() for _ in rows]
-    for index, encoded in _encoded(rows, settings, problems):
+    for index, encoded, has_words in _encoded(rows, settings, problems):
         row = rows[index]
         fitted = fit_row(encoded, row, settings.max_length, settings.overlong)
         kept[index] = fitted.rows
@@ -107,7 +107,7 @@ def encode_block(rows: Sequence[Row], settings: EncodeSettings) -> EncodedBlock:
             problems.append(fitted.problem)
         if fitted.fate is not None:
             tally[fitted.fate] += 1
-        tally.update(_particulars(row, encoded, settings.tokenizer))
+        tally.update(_particulars(row, encoded, has_words))
     problems.sort(key=lambda problem: problem.line or 0)
     return EncodedBlock(tuple(kept), tuple(problems), tally)
 
@@ -167,8 +167,11 @@ def _prepare(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, trai
 
 def _encoded(
     rows: Sequence[Row], settings: EncodeSettings, problems: list[Problem]
-) -> Iterator[tuple[int, EncodedRow]]:
-    """(number of the row, its tokens), batch by batch; rows that cannot be rendered go to `problems`."""
+) -> Iterator[tuple[int, EncodedRow, bool]]:
+    """(number of the row, its tokens, whether its words name special tokens), batch by batch.
+
+    Rows that cannot be rendered go to `problems`.
+    """
     tokenizer, template = settings.tokenizer, settings.template
     ends = end_ids(tokenizer, template)
     for first in range(0, len(rows), _BATCH_ROWS):
@@ -181,7 +184,7 @@ def _encoded(
             except DataError as error:
                 problems.append(Problem(error.message, rows[index].line))
         for index, prepared, encoding in zip(numbers, batch, _encode_prepared(batch, tokenizer), strict=True):
-            yield index, _finish(prepared, encoding, ends)
+            yield index, _finish(prepared, encoding, ends), bool(prepared.words)
 
 
 def _encode_prepared(batch: Sequence[_Prepared], tokenizer: Tokenizer) -> list[Encoding]:
@@ -208,6 +211,39 @@ def _real_rendering(prepared: _Prepared) -> Rendered:
 def _finish(prepared: _Prepared, encoding: Encoding, ends: frozenset[int]) -> EncodedRow:
     """Trained characters to trained tokens: a token that overlaps a span is trained."""
     rendered = _real_rendering(prepared)
+    trained, straddles = _flags_by_ends(rendered, encoding) or _flags_by_offsets(rendered, encoding, ends)
+    return EncodedRow(
+        encoding.ids,
+        trained,
+        prepared.row.line,
+        _ends(rendered.text, encoding, trained, ends),
+        boundary_merge=straddles,
+        continues_prompt=rendered.continues_prompt,
+    )
+
+
+def _flags_by_ends(rendered: Rendered, encoding: Encoding) -> tuple[NDArray[np.bool_], bool] | None:
+    """As `_flags_by_offsets`, from the tokens at both ends of each span alone.
+
+    None where that does not tell: the post-processor adds tokens, or a character at an end belongs to none.
+    """
+    if rendered.add_special_tokens or encoding.made is None:
+        return None
+    trained = np.zeros(len(encoding.ids), dtype=np.bool_)
+    straddles = False
+    for start, stop in rendered.trained:
+        first, last = encoding.token_at(start), encoding.token_at(stop - 1)
+        before = encoding.token_at(start - 1) if start else -1
+        after = encoding.token_at(stop) if stop < len(rendered.text) else len(trained)
+        if stop <= start or first is None or last is None or before is None or after is None:
+            return None
+        trained[first : after + (last == after)] = True
+        straddles = straddles or before == first
+    return trained, straddles
+
+
+def _flags_by_offsets(rendered: Rendered, encoding: Encoding, ends: frozenset[int]) -> tuple[NDArray[np.bool_], bool]:
+    """(which tokens are trained, whether one begins before its span)."""
     starts, stops = encoding.offsets[:, 0], encoding.offsets[:, 1]
     trained = np.zeros(len(encoding.ids), dtype=np.bool_)
     straddles = False
@@ -217,15 +253,7 @@ def _finish(prepared: _Prepared, encoding: Encoding, ends: frozenset[int]) -> En
         straddles = straddles or bool(((starts < start) & (stops > start)).any())
         if stop == len(rendered.text) and len(starts) and starts[-1] == stop:
             trained[-1] |= int(encoding.ids[-1]) in ends  # an end token that the post-processor put behind the text
-    ended = _ends(rendered.text, encoding, trained, ends)
-    return EncodedRow(
-        encoding.ids,
-        trained,
-        prepared.row.line,
-        ended,
-        boundary_merge=straddles,
-        continues_prompt=rendered.continues_prompt,
-    )
+    return trained, straddles
 
 
 def _ends(text: str, encoding: Encoding, trained: NDArray[np.bool_], ends: frozenset[int]) -> bool:
@@ -233,20 +261,20 @@ def _ends(text: str, encoding: Encoding, trained: NDArray[np.bool_], ends: froze
     for index in np.flatnonzero(trained)[::-1]:
         if int(encoding.ids[index]) in ends:
             return True
-        start, stop = encoding.offsets[index]
+        start, stop = encoding.characters_of(int(index))
         if not text[start:stop].isspace():
             return False
     return False
 
 
-def _particulars(row: Row, encoded: EncodedRow, tokenizer: Tokenizer) -> list[str]:
+def _particulars(row: Row, encoded: EncodedRow, has_words: bool) -> list[str]:
     """The names of the counts that this row adds to."""
     found = {
         "boundary_merges": encoded.boundary_merge,
         "without_end": not encoded.ends,
         "other_opening": not encoded.continues_prompt,
         "glued": isinstance(row, PromptRow) and not (row.prompt[-1:].isspace() or row.completion[:1].isspace()),
-        "special_text": isinstance(row, ChatRow) and bool(guard_turns(row.turns, tokenizer).words),
+        "special_text": has_words,
     }
     return [name for name, applies in found.items() if applies]
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ class _Reading:
     def _tasks(self, indexed: Sequence[IndexedFile], sides: _Sides) -> Iterator[EncodeTask]:
         first = 0
         for (path, options), file in zip(self.files(), indexed, strict=True):
-            for task, count in zip(open_rows(path, options).tasks, file.block_rows, strict=True):
+            for task, count in zip(open_rows(path, replace(options, warn=False)).tasks, file.block_rows, strict=True):
                 place = slice(first, first + count)
                 yield EncodeTask(str(path), task, sides.repeats[place], sides.held_out[place])
                 first += count
