@@ -81,14 +81,18 @@ class _ArrayReader:
             try:
                 value, stop = self._decoder.decode_at(self._text, self._at)
                 if stop < len(self._text) or self._is_whole:
+                    self._check_length(stop - self._at)
                     return value, stop
             except json.JSONDecodeError as error:
                 if self._is_whole or self._is_real(error):
                     raise
-            if len(self._text) - self._at > LONGEST_LINE_BYTES:
-                raise json.JSONDecodeError(f"one row of over {LONGEST_LINE_BYTES >> 20} MiB", self._text, self._at)
+            self._check_length(len(self._text) - self._at)
             self._read_on(wanted)
             wanted *= 2
+
+    def _check_length(self, characters: int) -> None:
+        if characters > LONGEST_LINE_BYTES:
+            raise json.JSONDecodeError(f"one row of over {LONGEST_LINE_BYTES >> 20} MiB", self._text, self._at)
 
     def _is_real(self, error: json.JSONDecodeError) -> bool:
         """Whether more text could not mend it; an unclosed string is told by where it begins."""

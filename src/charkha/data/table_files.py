@@ -85,19 +85,25 @@ def open_csv_file(source: Source, encoding: TextEncoding) -> OpenFile:
 
 def _physical_lines(path: Path, chunks: Iterable[str]) -> Iterator[str]:
     """Lines with their ends, which may be those of any system. Raises DataError for one of over 64 MiB."""
-    carried, number = "", 1
+    carried: list[str] = []
+    size, number, half = 0, 1, ""
     for chunk in chunks:
-        text = carried + chunk
-        lines = list(io.StringIO(text, newline=""))
-        # A last line without its end goes on in the next chunk, and "\r" may be half of "\r\n".
-        carried = lines.pop() if lines and not lines[-1].endswith("\n") else ""
-        yield from lines
-        number += len(lines)
-        if len(carried) > LONGEST_LINE_BYTES:
+        text = half + chunk
+        half = "\r" if text.endswith("\r") else ""  # may be half of "\r\n"
+        lines = list(io.StringIO(text.removesuffix("\r"), newline=""))
+        if lines and lines[-1].endswith(("\n", "\r")):
+            lines.append("")
+        for line in lines[:-1]:
+            yield "".join((*carried, line))
+            carried, size = [], 0
+            number += 1
+        carried.extend(lines[-1:])
+        size += len(lines[-1]) if lines else 0
+        if size > LONGEST_LINE_BYTES:
             message = f"the line is longer than {LONGEST_LINE_BYTES >> 20} MiB"
             raise DataError(message, where=f"{path}:{number}", remedy="write one row a line")
-    if carried:
-        yield carried
+    if carried or half:
+        yield "".join((*carried, half))
 
 
 def _dialect_notes(dialect: CsvDialect, kind: str) -> tuple[str, ...]:
