@@ -180,7 +180,8 @@ def _show_lengths(counts: dict[str, Any]) -> None:
     console = stdout_console()
     console.print(f"  {total} tokens, {trained} of them trained; tokens a row: {spread}", markup=False)
     most = max(rows for _, rows in counts["histogram"])
-    for bound, rows in counts["histogram"]:
+    first = next(place for place, (_, rows) in enumerate(counts["histogram"]) if rows)
+    for bound, rows in counts["histogram"][first:]:
         console.print(f"  {'up to ' + format(bound, ','):>16} {rows:>9,} {'#' * round(40 * rows / most)}", markup=False)
     if counts["over_max_length"]:
         share = counts["over_max_length_share"]
