@@ -98,7 +98,8 @@ def test_other_tools_spellings_are_accepted_at_the_top_of_the_file(load: Load, s
         "model.base": "other", "model.attention": "eager", "model.dtype": "fp32", "adapter.r": 4,
         "adapter.lora_alpha": 8, "adapter.lora_dropout": 0.5, "adapter.target_modules": ["q_proj"],
         "adapter.method": "full", "data.max_length": 99, "data.train": "b.jsonl", "data.eval": 0.5,
-        "data.template": "chatml", "data.packing": False, "training.learning_rate": 0.5, "training.epochs": 9,
+        "data.template": "chatml", "data.packing": False, "data.num_proc": 3, "training.learning_rate": 0.5,
+            "training.epochs": 9,
         "training.lr_scheduler_type": "linear", "training.optimizer": "adamw_torch", "training.batch_size": 64,
         "training.micro_batch_size": 2, "output": "runs/elsewhere",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from charkha.errors import UsageError
 from charkha.guard_limits import parse_budget, parse_windows
@@ -91,21 +91,23 @@ class AdapterSection(Section):
 class DataSource(Section):
     """One training file with its own column mapping and weight."""
 
-    path: Name = Field(description="File, relative to the config file.")
-    weight: float = Field(1.0, gt=0, description="Relative share of this source.")
+    path: Name = Field(description="File or folder, relative to the config file, or hub:org/name.")
+    weight: float = Field(1.0, gt=0, le=1000, description="How often its rows stand in an epoch; 0.5 is half of them.")
     map: dict[str, str] = Field(default_factory=dict, description="Our field -> column of the file.")
 
 
 class DataSection(Section):
     """Which rows are learned, and how they are rendered to tokens."""
 
-    train: list[Name | DataSource] = Field(min_length=1, description="Training files, relative to the config file.")
+    train: list[Name | DataSource] = Field(
+        min_length=1, description="Files or folders, relative to the config file, or hub:org/name."
+    )
     eval: float | int | str | None = Field(
         "5%", description="Held-out rows: a share (5% or 0.05), a count, a file, or null for none."
     )
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "kto"] = Field(
-        "auto", description="Row layout; auto detects it from the columns and says so."
-    )
+    format: Literal[
+        "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "oasst", "text", "preference", "kto"
+    ] = Field("auto", description="Row layout; auto detects it from the columns and says so.")
     map: dict[str, str] = Field(default_factory=dict, description="For example {prompt: question, completion: answer}.")
     template: str = Field("auto", description="Chat template: the tokenizer's (auto), a built-in family, or a file.")
     max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = Field("auto", description="Longest row in tokens.")
@@ -127,6 +129,12 @@ class DataSection(Section):
         default_factory=list, description="Kinds that are left as they are, such as [ifsc, date_of_birth]."
     )
     group_by: str | None = Field(None, description="Column whose values never stand on both sides of the split.")
+    time_by: str | None = Field(None, description="Column of time; the latest rows are held out.")
+    assistant: str | None = Field(None, description="Who of a chat export is the assistant; null: who answers first.")
+    normalize: Literal["none", "nfc"] = Field("none", description="nfc composes Unicode text; none leaves it.")
+    num_proc: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        "auto", description="Processes that read and tokenize; auto: one a core for large files."
+    )
 
     @field_validator("personal_keep")
     @classmethod
@@ -148,6 +156,13 @@ class DataSection(Section):
             raise ValueError("'' is not a file; write null for no held-out rows")
         if (isinstance(share, float) and not 0 <= share < 1) or (isinstance(share, int) and share < 0):
             raise ValueError(f"{wish!r} is neither a share below 100% (5% or 0.05) nor a count of rows (200)")
+        return wish
+
+    @field_validator("time_by")
+    @classmethod
+    def _split_one_way(cls, wish: str | None, info: ValidationInfo) -> str | None:
+        if wish is not None and info.data.get("group_by") is not None:
+            raise ValueError("rows are split by group_by or by time_by, not by both")
         return wish
 
 
@@ -351,8 +366,7 @@ class Config(Section):
 CARRIED_OUT: dict[str, tuple[object, ...]] = {
     "model.placement": ("auto", "resident"),
     "model.upcast_unquantized": ("auto", False),
-    "data.format": ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"),
-    "data.group_by": (None,),
+    "data.format": ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "oasst", "text"),
     "training.objective": ("sft",),
     "training.init_from": (None,),
     "training.gradient_checkpointing": ("auto", "none", "full", True, False),

@@ -19,27 +19,37 @@ Every error says what happened (with the value), where (file, line, key) and wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with one row or one key. `line` counts from 1; None where the format has no lines."""
+    """One thing wrong with one row or one key. `line` counts from 1; None where the format has no lines.
+
+    `reason` is written `class: particulars`.
+    """
 
     reason: str
     line: int | None = None
     field: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
 class FileProblems:
-    """What reading one data file gave. `rows` counts the good rows; `problems` holds every bad one."""
+    """What reading one data file gave. `rows` counts the good rows; `problems` holds every bad one, up to 10,000.
+
+    `warnings` are of rows that are used and look wrong. `counts` and `warning_counts` count all by class.
+    """
 
     path: str
     format: str | None
     encoding: str | None
     rows: int
     problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    warning_counts: dict[str, int] = field(default_factory=dict)
 
 
 class CharkhaError(Exception):

@@ -36,26 +36,6 @@ def spoken(row: object) -> list[tuple[str, str]]:
 # Formats
 
 
-@pytest.mark.parametrize(
-    ("name", "format", "rows"),
-    [
-        ("chat/sharegpt_dummy_conversation.json", "sharegpt", 500),
-        ("instruct/alpaca_en_demo.json", "alpaca", 999),
-        ("instruct/rasbt_instruction_data.json", "alpaca", 1100),
-        ("instruct/identity.json", "alpaca", 91),
-        ("indic/xquad_hi_alpaca.jsonl", "alpaca", 1190),
-        ("indic/en_hi_translate_alpaca.jsonl", "alpaca", 1000),
-        ("sql/wikisql_train.jsonl", "text", 1000),
-        ("pretrain/c4_demo.jsonl", "text", 300),
-        ("pretrain/wiki_demo.txt", "text", 30),
-        ("indic/story_openings_english.txt", "text", 1000),
-    ],
-)
-def test_real_files_read_without_a_problem(shared: Path, name: str, format: str, rows: int) -> None:
-    read = read_rows(shared / "data" / name)
-    assert (read.format, len(read.rows), read.problems) == (format, rows, ())
-
-
 def test_gsm8k_is_refused_with_its_columns_and_the_mapping_to_write(shared: Path) -> None:
     path = shared / "data" / "instruct" / "gsm8k_train.jsonl"
     with pytest.raises(DataError) as caught:
@@ -67,36 +47,12 @@ def test_gsm8k_is_refused_with_its_columns_and_the_mapping_to_write(shared: Path
     assert (read.format, len(read.rows), read.problems) == ("prompt_completion", 7473, ())
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("multimodal/mllm_demo.json", "'images'"),
-        ("preference/dpo_en_demo.json", "chosen, rejected"),
-        ("preference/kto_en_demo.json", "label"),
-        ("chat/oasst_en_100_tree.jsonl", "message_tree_id"),
-        ("instruct/seed_tasks.jsonl", "instances"),
-        ("indic/xquad_hi.json", "one JSON object"),
-        ("chat_exports/telegram_single_export.json", "one JSON object"),
-    ],
-)
-def test_files_of_another_purpose_are_refused_by_name_of_what_they_hold(shared: Path, name: str, word: str) -> None:
-    with pytest.raises(DataError, match=word):
-        read_rows(shared / "data" / name)
-
-
-def test_tool_conversations_are_problems_and_the_others_are_read(shared: Path) -> None:
-    read = read_rows(shared / "data" / "chat" / "glaive_toolcall_en_demo.json")
-    assert len(read.rows) + len(read.problems) == 300
-    assert {problem.reason.split(":")[0] for problem in read.problems} == {"tool turns are not supported yet"}
-    assert read.ignored_columns == ("tools",)
-
-
 def test_messages_keep_several_turns_and_name_ignored_columns(tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye")]
-    read = read_rows(jsonl(tmp_path / "a.jsonl", {**chat(*turns), "tools": [], "id": 7}))
+    read = read_rows(jsonl(tmp_path / "a.jsonl", {**chat(*turns), "lang": "en", "id": 7}))
     assert spoken(read.rows[0]) == turns
-    assert read.ignored_columns == ("tools", "id")
-    assert any("tools, id" in note for note in read.notes)
+    assert read.ignored_columns == ("lang", "id")
+    assert any("lang, id" in note for note in read.notes)
 
 
 def test_alpaca_joins_instruction_and_input_and_reads_system_and_history(tmp_path: Path) -> None:
@@ -343,8 +299,7 @@ def test_json_that_must_be_read_is_read_and_its_rows_judged(shared: Path) -> Non
     assert only_problem(folder / "y_string_unicode_2.json")[2] == "not an object: the row is of type string"
     assert only_problem(folder / "i_string_UTF-16LE_with_BOM.json")[2] == "not an object: the row is of type string"
     assert "not valid UTF-8: byte 0xff at byte offset 2" in only_problem(folder / "i_string_invalid_utf-8.json")[2]
-    with pytest.raises(DataError, match="one JSON object"):
-        read_rows(folder / "y_object_duplicated_key.json")
+    assert only_problem(folder / "y_object_duplicated_key.json")[2] == "repeated key: a stands twice in one object"
 
 
 # Encodings
@@ -363,15 +318,11 @@ def test_text_is_the_same_in_every_encoding_and_with_either_line_end(
     assert (read.encoding, read.problems) == (told, ())
 
 
-def test_other_encodings_are_problems_with_line_and_byte_offset(tmp_path: Path, shared: Path) -> None:
+def test_a_few_odd_bytes_are_problems_with_line_and_byte_offset(tmp_path: Path) -> None:
     read = read_rows(write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "c"}\n'))
     assert [row.line for row in read.rows] == [1, 3]
     assert read.problems[0].line == 2
     assert "byte 0xe9 at byte offset 27" in read.problems[0].reason
-    for name in ("chinese", "korean", "russian", "turkish"):
-        other = read_rows(shared / "data" / "awkward" / "encodings" / f"sample-{name}.txt")
-        assert (other.encoding, other.rows) == (None, ())
-        assert other.problems
 
 
 # Tables
@@ -462,7 +413,7 @@ def test_parquet_columns_that_are_no_text_are_problems(shared: Path, name: str, 
 
 
 def test_parquet_shapes_that_pyarrow_cannot_turn_into_rows_are_data_errors(shared: Path) -> None:
-    with pytest.raises(DataError, match="Parquet file cannot be read"):
+    with pytest.raises(DataError, match="unpacks to 2048 MiB"):
         read_rows(shared / "data" / "awkward" / "parquet" / "large_string_map.brotli.parquet")
 
 

@@ -12,7 +12,7 @@ READING = (*HEAVY, "numpy", "pyarrow", "tokenizers", "jinja2", "safetensors")
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        ("charkha.data.formats, charkha.data.prepare", READING),
+        ("charkha.data.formats, charkha.data.layouts", READING),
         ("charkha.cli.data", READING),
         ("charkha.data.inspect, charkha.data.preview, charkha.data.shards, charkha.data.order", HEAVY),
     ],

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from charkha.cli.data import app
 from charkha.data.formats import read_rows
-from charkha.data.masking import StandIns, treat_rows
+from charkha.data.masking import treat_rows
 from charkha.data.personal import find_personal
-from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn
+from charkha.data.personal_rows import numbered, same_form, texts_of
+from charkha.data.rows import ChatRow, PreferenceRow, PromptRow, RatedRow, TextRow, ToolCall, Turn
 
 
 def row(question: str, answer: str = "Noted.") -> ChatRow:
@@ -18,12 +19,13 @@ def row(question: str, answer: str = "Noted.") -> ChatRow:
 
 
 def test_the_same_value_is_the_same_stand_in_however_it_is_written():
-    stand_ins = StandIns()
-    assert stand_ins.of("mobile", "+91 98765 43210") == stand_ins.of("mobile", "९८७६५४३२१०") == "<MOBILE_1>"
-    assert stand_ins.of("mobile", "9876543211") == "<MOBILE_2>"
-    assert stand_ins.of("pan", "abcpe1234f") == stand_ins.of("pan", "ABCPE 1234 F") == "<PAN_1>"
-    assert stand_ins.of("email", "A@b.in") == stand_ins.of("email", "a@b.in") == "<EMAIL_1>"
-    assert stand_ins.of("secret", "abc") != stand_ins.of("secret", "ABC")
+    assert same_form("mobile", "+91 98765 43210") == same_form("mobile", "९८७६५४३२१०")
+    assert same_form("mobile", "9876543211") != same_form("mobile", "9876543210")
+    assert same_form("pan", "abcpe1234f") == same_form("pan", "ABCPE 1234 F")
+    assert same_form("email", "A@b.in") == same_form("email", "a@b.in")
+    assert same_form("secret", "abc") != same_form("secret", "ABC")
+    blocks = [[("pan", "A"), ("email", "a@b.in")], [("pan", "B"), ("pan", "A")]]
+    assert list(numbered(blocks)) == [{("pan", "A"): 1, ("email", "a@b.in"): 1}, {("pan", "B"): 2, ("pan", "A"): 1}]
 
 
 def test_masked_rows_keep_everything_else_and_the_numbers_run_through_all_files():
@@ -54,6 +56,23 @@ def test_rows_are_left_out_or_left_alone():
         left = treat_rows([("a", rows)], action)
         assert left.files[0].rows == tuple(rows)
         assert left.record()["findings"] == 1
+
+
+def test_tool_calls_preferences_and_ratings_are_looked_through_and_masked():
+    call = ToolCall("lookup", '{"pan": "ABCPE1234F"}')
+    chat = ChatRow((Turn("user", "look"), Turn("assistant", "", calls=(call,)), Turn("assistant", "done")), 1, '["x"]')
+    answer = (Turn("assistant", "PAN ABCPE1234F"),)
+    pair = PreferenceRow((Turn("user", "PAN?"),), answer, (Turn("assistant", "PAN ABCPK1234F"),))
+    rated = RatedRow((Turn("user", "q"), *answer), True)
+    assert [field for field, _ in texts_of(chat)][1:3] == [
+        "messages[1].content",
+        "messages[1].tool_calls[0].function.arguments",
+    ]
+    done = treat_rows([("a", [chat, pair, rated])], "mask")
+    chat, pair, rated = done.files[0].rows
+    assert json.loads(chat.turns[1].calls[0].arguments) == {"pan": "<PAN_1>"}
+    assert (pair.chosen[0].content, pair.rejected[0].content) == ("PAN <PAN_1>", "PAN <PAN_2>")
+    assert rated.turns[1].content == "PAN <PAN_1>"
 
 
 def test_kinds_that_are_kept_are_no_finds():

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from charkha.data.formats import read_rows
+from charkha.data.formats import ReadOptions, read_rows
 from charkha.data.inspect import inspect_file
 from charkha.data.prepare import (
     count_duplicates,
-    held_out_count,
     prepare_files,
     split_rows,
     without_duplicates,
@@ -18,7 +17,9 @@ from charkha.data.prepare import (
 )
 from charkha.data.preview import preview_rows
 from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn, content_hash, dataset_fingerprint
+from charkha.data.splits import SplitWish, held_out_count
 from charkha.data.templates import load_template
+from charkha.data.tokenize import EncodeSettings
 from charkha.data.tokenizer import Tokenizer
 from charkha.errors import DataError, UsageError
 
@@ -78,7 +79,11 @@ def test_files_are_prepared_split_and_deduplicated(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a\n" + "".join(f"q{n % 30},a\n" for n in range(40)))
     out = tmp_path / "out.jsonl"
     done = prepare_files(
-        [tmp_path / "a.csv"], out=out, mapping={"prompt": "q", "completion": "a"}, eval_="10%", deduplicate=True
+        [tmp_path / "a.csv"],
+        out=out,
+        options=ReadOptions(mapping={"prompt": "q", "completion": "a"}),
+        split=SplitWish("10%"),
+        deduplicate=True,
     )
     assert (done.train_rows, done.eval_rows, done.duplicates) == (27, 3, 10)
     assert done.eval_path == tmp_path / "out.eval.jsonl"
@@ -126,7 +131,7 @@ def test_a_preview_says_when_no_end_is_taught(stories: Tokenizer) -> None:
 def test_statistics_of_a_file(tmp_path: Path, tiny: Tokenizer) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ["a", "a", "abc", "", "abcdefghi"]))
-    found = inspect_file(path, tokenizer=tiny)
+    found = inspect_file(path, settings=EncodeSettings(tiny, None))
     assert found.tokens is not None
     counts = found.tokens
     assert (counts.total, counts.shortest, counts.median, counts.p95, counts.longest) == (18, 2, 2, 10, 10)
@@ -141,6 +146,6 @@ def test_rows_that_cannot_be_rendered_are_in_the_statistics(tmp_path: Path, tiny
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     silent = {"messages": [good["messages"][0], {**good["messages"][1], "weight": 0}]}
     path.write_text(json.dumps(good) + "\n" + json.dumps(silent) + "\n")
-    found = inspect_file(path, tokenizer=tiny, template=CHATML)
+    found = inspect_file(path, settings=EncodeSettings(tiny, CHATML))
     assert [problem.line for problem in found.problems] == [2]
     assert found.report().rows == 1

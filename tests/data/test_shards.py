@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from charkha.data.encoded import EncodedRow
-from charkha.data.shards import open_shard, write_shard
+from charkha.data.shards import open_shard, token_rows, write_shard, write_token_rows
 from charkha.errors import DataError, RunDamaged
 
 
@@ -51,10 +52,21 @@ def test_a_cut_or_altered_or_missing_shard_is_damaged(tmp_path: Path) -> None:
         open_shard(tmp_path / "train.safetensors")
 
 
-def test_the_writer_can_be_replaced_and_nothing_is_written_for_no_rows(tmp_path: Path) -> None:
-    written: list[Path] = []
-    path = write_shard(tmp_path, "eval", rows(), write=lambda target, data: written.append(target))
-    assert written == [path]
-    assert not path.exists()
+def test_a_shard_is_the_file_that_the_library_would_write_in_however_many_parts(tmp_path: Path) -> None:
+    every = rows()
+    whole = write_shard(tmp_path, "train", every)
+    arrays = {
+        "input_ids": np.concatenate([row.input_ids for row in every]).astype(np.int32),
+        "trained": np.concatenate([row.trained for row in every]).astype(np.uint8),
+        "offsets": np.cumsum([0, *map(len, every)]).astype(np.int64),
+        "line": np.asarray([row.line or 0 for row in every], dtype=np.int32),
+    }
+    assert whole.read_bytes() == save(arrays)
+    parts = [token_rows(every[:1]), token_rows([]), token_rows(every[1:])]
+    assert write_token_rows(tmp_path / "parts", "train", parts).name == whole.name
+    assert sorted(path.name for path in tmp_path.glob("*")) == sorted(["parts", whole.name])
+
+
+def test_nothing_is_written_for_no_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows"):
         write_shard(tmp_path, "train", [])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,18 @@ import pytest
 
 from charkha.data.encoded import EncodedRow
 from charkha.data.formats import read_rows
-from charkha.data.rows import ChatRow, PromptRow, Row, TextRow, Turn
+from charkha.data.render import render_row
+from charkha.data.rows import ChatRow, PromptRow, Row, TextRow, ToolCall, Turn
 from charkha.data.templates import ChatTemplate, load_template
-from charkha.data.tokenize import encode_prompt, encode_row, encode_row_with_texts, encode_rows, end_ids
+from charkha.data.tokenize import (
+    _flags_by_ends,
+    _flags_by_offsets,
+    encode_prompt,
+    encode_row,
+    encode_row_with_texts,
+    encode_rows,
+    end_ids,
+)
 from charkha.data.tokenizer import Tokenizer, load_tokenizer
 from charkha.errors import DataError, EnvironmentProblem
 
@@ -330,3 +340,79 @@ def test_folders_without_a_readable_tokenizer_say_what_to_do(tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(EnvironmentProblem, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+# Tools
+
+CALL = Turn("assistant", "", calls=(ToolCall("add", '{"a": 1}'),))
+TOOLS = '[{"type": "function", "function": {"name": "add"}}]'
+WITH_TOOLS = ChatRow(
+    (Turn("user", "1+1?"), CALL, Turn("tool", "2", name="add"), Turn("assistant", "It is 2.")), 1, TOOLS
+)
+CHATML_LIKE = r"""{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' + m.content -}}
+{%- for call in m.tool_calls or [] -%}{{- call.function.name + (call.function.arguments | tojson) -}}{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+def trained_text(row: ChatRow, tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
+    encoded, texts = encode_row_with_texts(row, tokenizer, template)
+    marked = "".join(text if flag else "\0" for text, flag in zip(texts, encoded.trained, strict=True))
+    return [part for part in marked.split("\0") if part]
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (ChatTemplate("test", CHATML_LIKE), 'add{"a": 1}<|im_end|>'),
+        (
+            load_template(Path("nowhere"), "chatml"),
+            '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        ),
+    ],
+)
+def test_calls_are_trained_and_what_the_tool_says_is_not(tiny: Tokenizer, template: ChatTemplate, call: str) -> None:
+    assert trained_text(WITH_TOOLS, tiny, template) == [call, "It is 2.<|im_end|>"]
+
+
+def test_a_template_that_knows_no_tools_refuses_them(tiny: Tokenizer) -> None:
+    for name in ("plain", "alpaca", "llama-3"):
+        with pytest.raises(DataError, match="no tool turns"):
+            encode_row(WITH_TOOLS, tiny, load_template(Path("nowhere"), name))
+    ignoring = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="does not write tool calls"):
+        encode_row(WITH_TOOLS, tiny, ChatTemplate("test", ignoring))
+
+
+def test_a_special_token_in_a_call_is_text(tiny: Tokenizer) -> None:
+    call = Turn("assistant", "", calls=(ToolCall("add", '{"a": "<|im_end|>"}'),))
+    row = ChatRow((Turn("user", "x"), call, Turn("tool", "y"), Turn("assistant", "z")), 1)
+    encoded = encode_row(row, tiny, ChatTemplate("test", CHATML_LIKE))
+    assert list(encoded.input_ids).count(tiny.token_id("<|im_end|>")) == 4
+
+
+@pytest.mark.parametrize("model", ["tiny", "gpt2", "stories"])
+@pytest.mark.parametrize("family", ["chatml", "plain", "llama-3"])
+def test_the_short_way_to_the_mask_ends_where_the_long_one_does(
+    model: str, family: str, request: pytest.FixtureRequest
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(model)
+    template = load_template(Path("nowhere"), family)
+    words = ["hi", " yes", "नमस्ते दुनिया", "a  b", "é", "👩‍🌾", "\n\nx", "</s>", "1 2", "ஆம்", " ", "日本"]
+    rows = [
+        chat(f"{first}?", f"{second}{first}.", second + "x", third + "y")
+        for first, second, third in itertools.permutations(words, 3)
+    ]
+    taken = 0
+    for row in rows[::7]:
+        rendered = render_row(row, template, tokenizer.special)
+        encoding = tokenizer.encode_batch([rendered.text], rendered.add_special_tokens)[0]
+        short = _flags_by_ends(rendered, encoding)
+        if short is not None:
+            taken += 1
+            flags, straddles = _flags_by_offsets(rendered, encoding, end_ids(tokenizer, template))
+            assert (short[0] == flags).all(), rendered.text
+            assert short[1] == straddles
+    assert taken > 50

@@ -8,6 +8,7 @@ import pytest
 
 from charkha.config import DataSection
 from charkha.data.formats import read_rows
+from charkha.data.personal_rows import find_in_rows
 from charkha.errors import ConfigError, DataError
 from charkha.training.personal_gate import decide_personal
 
@@ -27,6 +28,10 @@ def texts(folder, text: str):
     path = folder / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + "\n")
     return read_rows(path)
+
+
+def looked(file, kept_kinds=()):
+    return file, find_in_rows(str(file.path), file.rows, kept_kinds)
 
 
 def test_training_stops_with_the_places_and_no_value_until_it_is_decided(project):
@@ -68,14 +73,17 @@ def test_rows_are_trained_as_they_are_or_left_out(project, action, left):
     made = project("llama")
     with_personal(made)
     file = read_rows(made.folder / "rows.jsonl")
-    decided = decide_personal([file], DataSection(train=["x"], personal=action), is_stated=True)
-    assert len(decided.files[0].rows) == left
+    decided = decide_personal([looked(file)], DataSection(train=["x"], personal=action), is_stated=True)
+    assert len(file.rows) - decided.treatment.dropped_rows == left
     assert decided.record["action"] == action
+    result, _ = made.train(f"data.personal={action}", "training.max_steps=1", "data.eval=null")
+    manifest = json.loads((made.run_folder() / "manifest.json").read_text())
+    assert (result.status, manifest["data"]["train_rows"]) == ("done", left)
 
 
 def test_finds_that_are_not_sure_and_branch_codes_do_not_stop_a_run(tmp_path):
     file = texts(tmp_path, "mail a@example.com, IFSC SBIN0001234, 9876543210")
-    decided = decide_personal([file], DataSection(train=["x"]), is_stated=False)
+    decided = decide_personal([looked(file)], DataSection(train=["x"]), is_stated=False)
     assert decided.record["counts"] == {"email": 1, "ifsc": 1, "mobile": 1}
     assert decided.record["stated"] is False
 
@@ -83,7 +91,7 @@ def test_finds_that_are_not_sure_and_branch_codes_do_not_stop_a_run(tmp_path):
 def test_a_kind_may_be_kept_and_an_unknown_one_is_refused(tmp_path):
     file = texts(tmp_path, "PAN ABCPE1234F")
     wish = DataSection(train=["x"], personal_keep=["pan"])
-    assert decide_personal([file], wish, is_stated=True).record["findings"] == 0
+    assert decide_personal([looked(file, ["pan"])], wish, is_stated=True).record["findings"] == 0
     with pytest.raises(ValueError, match="'pam' is no kind"):
         DataSection(train=["x"], personal_keep=["pam"])
 

@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from charkha.cli.data_options import (
+    AssistantOption,
+    FilesArgument,
+    FormatOption,
+    MapOption,
+    WorkersOption,
+    data_paths,
+    read_options,
+)
 from charkha.cli.terminal import (
     JsonOption,
     error_record,
     near,
     new_table,
     note,
-    parse_mapping,
     run_command,
     stdout_console,
 )
@@ -29,21 +37,21 @@ _SHOWN_PLACES = 20
 
 
 def scan(
-    files: Annotated[list[Path], typer.Argument(help="Data files.", show_default=False)],
+    files: FilesArgument,
     against: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--against", help="Test rows that must not stand in the files; may be repeated."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write a report without values: a .md or .html file.")
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="Row layout, for repetitions; auto tells it.")] = "auto",
-    map_: Annotated[
-        str | None, typer.Option("--map", metavar="OURS=THEIRS,...", help="Which column is which, for repetitions.")
-    ] = None,
+    format: FormatOption = "auto",
+    map_: MapOption = None,
+    assistant: AssistantOption = None,
+    workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Finds personal data and secrets in every column; counts exact repetitions and test rows that leaked.
+    """Finds personal data and secrets in every column; counts repetitions and leaked test rows, exact and near.
 
     Values are never printed, only their kind and place. Exit code 4 when part of a file could not be read.
 
@@ -55,7 +63,12 @@ def scan(
 
         if report is not None and report.suffix.lower() not in (".md", ".html"):
             raise UsageError(f"--report {report}: not a .md or .html file", remedy="name it report.md or report.html")
-        result = scan_files(files, against=against or [], format=format, mapping=parse_mapping(map_))
+        result = scan_files(
+            data_paths(files),
+            against=data_paths(against or []),
+            options=read_options(format, map_, assistant, "none"),
+            workers=workers,
+        )
         if report is not None:
             _write_report(result, report)
         return _record(result, report)
@@ -151,6 +164,6 @@ def _show_repetitions(result: dict[str, Any]) -> None:
     if duplicates["near"] is not None:
         text += f", near: {duplicates['near']}"
     if leakage["exact"] is not None:
-        text += f"; rows that also stand in the test rows: {leakage['exact']}"
+        text += f"; test rows that also stand in the files: {leakage['exact']}"
         text += f", nearly: {leakage['near']}" if leakage["near"] is not None else ""
     stdout_console().print(text, markup=False)

@@ -8,7 +8,7 @@ is tokenized by a tokenizer that is blind to special tokens. All other rows take
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -27,6 +27,7 @@ class Guarded:
 
     turns: tuple[Turn, ...]
     words: dict[str, str]
+    tools: str | None = None
 
 
 @lru_cache(maxsize=8)
@@ -40,11 +41,11 @@ def special_texts_in(turns: Sequence[Turn], tokenizer: Tokenizer) -> tuple[str, 
     return tuple(guard_turns(turns, tokenizer).words.values())
 
 
-def guard_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Guarded:
+def guard_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tools: str | None = None) -> Guarded:
     """The turns with every name of a special token replaced; `words` is empty where there is none, as nearly always."""
     pattern = _names_pattern(tokenizer.special_texts)
-    if pattern is None or not any(pattern.search(turn.content) for turn in turns):
-        return Guarded(tuple(turns), {})
+    if pattern is None or not any(pattern.search(text) for text in _texts(turns, tools)):
+        return Guarded(tuple(turns), {}, tools)
     words: dict[str, str] = {}
 
     def placeholder(match: re.Match[str]) -> str:
@@ -53,8 +54,23 @@ def guard_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Guarded:
         words[mark] = match[0]
         return mark
 
-    guarded = tuple(replace(turn, content=pattern.sub(placeholder, turn.content)) for turn in turns)
-    return Guarded(guarded, words)
+    guarded = tuple(
+        replace(
+            turn,
+            content=pattern.sub(placeholder, turn.content),
+            calls=tuple(replace(call, arguments=pattern.sub(placeholder, call.arguments)) for call in turn.calls),
+        )
+        for turn in turns
+    )
+    return Guarded(guarded, words, None if tools is None else pattern.sub(placeholder, tools))
+
+
+def _texts(turns: Sequence[Turn], tools: str | None) -> Iterator[str]:
+    for turn in turns:
+        yield turn.content
+        yield from (call.arguments for call in turn.calls)
+    if tools is not None:
+        yield tools
 
 
 def restore(rendered: Rendered, words: dict[str, str]) -> Rendered:
@@ -92,7 +108,7 @@ def encode_guarded(rendered: Rendered, words: dict[str, str], tokenizer: Tokeniz
             ids.extend(int(one) for one in found)
             offsets.extend((position + int(start), position + int(end)) for start, end in places)
         position += len(text)
-    return Encoding(np.asarray(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
+    return Encoding(np.asarray(ids, dtype=np.int32), known=np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
 
 
 def _special_id(piece: str, tokenizer: Tokenizer) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,28 +17,55 @@ _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 
 @dataclass(frozen=True)
 class Layout:
-    """A named set of columns. A row belongs to it when it has all `required` ones."""
+    """A named set of columns. A row belongs to it when it has all `required` ones and, if any are named, one of
+    `one_of`; where `label` is named it must hold true or false.
+    """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    one_of: tuple[str, ...] = ()
+    label: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column this layout reads; all others are ignored and named in a note."""
-        return self.required + self.optional
+        return self.required + self.one_of + self.optional
+
+    def fits(self, value: Mapping[str, object]) -> bool:
+        """Whether a row has what the layout needs."""
+        if not all(name in value for name in self.required):
+            return False
+        if self.label is not None and not isinstance(value[self.label], bool):
+            return False
+        return not self.one_of or any(name in value for name in self.one_of)
 
 
+_TOOLS = ("tools", "functions")
+_ASKED = ("messages", "conversations", "prompt", "question", "instruction", "input")
 # In order of preference where rows fit several: a richer layout before a poorer one.
 LAYOUTS = (
-    Layout("messages", ("messages",)),
-    Layout("sharegpt", ("conversations",), ("system",)),
+    Layout("preference", ("chosen", "rejected"), (*_ASKED, "system", *_TOOLS)),
+    Layout(
+        "kto", ("label",), (*_ASKED, "system", *_TOOLS), ("messages", "conversations", "completion", "output"), "label"
+    ),
+    Layout(
+        "kto",
+        ("kto_tag",),
+        (*_ASKED, "system", *_TOOLS),
+        ("messages", "conversations", "completion", "output"),
+        "kto_tag",
+    ),
+    Layout("messages", ("messages",), _TOOLS),
+    Layout("sharegpt", ("conversations",), ("system", *_TOOLS)),
     Layout("alpaca", ("instruction", "output"), ("input", "system", "history")),
-    Layout("prompt_completion", ("prompt", "completion")),
+    Layout("oasst", ("message_tree_id", "prompt")),
+    Layout("prompt_completion", ("prompt", "completion"), _TOOLS),
     Layout("text", ("text",)),
 )
-_BY_NAME = {layout.name: layout for layout in LAYOUTS}
+_BY_NAME = {layout.name: layout for layout in reversed(LAYOUTS)}
 _MAPPABLE = tuple(dict.fromkeys(column for layout in LAYOUTS for column in layout.columns))
+_SFT_FIRST = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
 
 def columns_of(records: Iterable[Record]) -> tuple[str, ...]:
@@ -50,26 +77,22 @@ def columns_of(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def rename_columns(path: Path, records: tuple[Record, ...], mapping: Mapping[str, str]) -> tuple[Record, ...]:
-    """The records with `mapping` (our name -> the file's column) applied.
-
-    Raises UsageError for a name of ours that does not exist, DataError for a column that the file does not have.
-    """
+def check_mapping(path: Path, columns: Sequence[str], mapping: Mapping[str, str]) -> None:
+    """Raises UsageError for a name of ours that does not exist, DataError for a column that the file does not have."""
     unknown = [name for name in mapping if name not in _MAPPABLE]
     if unknown:
         raise UsageError(f"data.map: {unknown[0]!r} is no column of ours", remedy=f"map one of {', '.join(_MAPPABLE)}")
-    columns = columns_of(records)
     missing = sorted(set(mapping.values()) - set(columns))
     if missing and columns:
         message = (
             f"data.map names the column {missing[0]!r}, which the file does not have; it has: {', '.join(columns)}"
         )
         raise DataError(message, where=str(path), remedy="correct data.map (or --map)")
-    return tuple(_renamed(record, mapping) for record in records)
 
 
-def _renamed(record: Record, mapping: Mapping[str, str]) -> Record:
-    if not isinstance(record.value, dict):
+def renamed(record: Record, mapping: Mapping[str, str]) -> Record:
+    """The record with `mapping` (our name -> the file's column) applied."""
+    if not mapping or not isinstance(record.value, dict):
         return record
     taken = set(mapping.values()) | set(mapping)
     value = {name: part for name, part in record.value.items() if name not in taken}
@@ -77,31 +100,30 @@ def _renamed(record: Record, mapping: Mapping[str, str]) -> Record:
     return Record(value, record.line)
 
 
-def choose_layout(path: Path, records: tuple[Record, ...], wanted: str, mapping: Mapping[str, str]) -> Layout:
-    """The layout asked for, or the one that most rows have the columns of.
+def choose_layout(path: Path, records: Sequence[Record], wanted: str, mapping: Mapping[str, str]) -> Layout:
+    """The layout asked for, or the one that most of these records have the columns of.
 
-    Raises DataError naming the columns found when there is none, and for preference data and pictures.
+    Raises DataError naming the columns found when there is none, and for pictures.
     """
     columns = columns_of(records)
-    _refuse_media(path, records)
+    refuse_media(path, records)
     if wanted != "auto":
         return _layout_asked_for(path, wanted, columns)
-    _refuse_preference(path, records, columns)
     counts = _rows_by_layout(records, mapping)
-    best = max(LAYOUTS, key=lambda layout: counts[layout.name])  # max keeps the first of equals
-    if counts[best.name] == 0:
+    best = max(LAYOUTS, key=lambda layout: counts[layout])  # max keeps the first of equals
+    if counts[best] == 0:
         raise _unrecognised(path, columns)
     return best
 
 
-def _rows_by_layout(records: tuple[Record, ...], mapping: Mapping[str, str]) -> Counter[str]:
-    """How many rows have all columns of each layout; with a mapping only layouts that use it count."""
+def _rows_by_layout(records: Iterable[Record], mapping: Mapping[str, str]) -> Counter[Layout]:
+    """How many rows fit each layout; with a mapping only layouts that use it count."""
     candidates = [layout for layout in LAYOUTS if set(mapping) <= set(layout.columns)]
-    counts: Counter[str] = Counter()
+    counts: Counter[Layout] = Counter()
     for record in records:
         value = record.value
         if isinstance(value, dict):
-            counts.update(layout.name for layout in candidates if all(name in value for name in layout.required))
+            counts.update(layout for layout in candidates if layout.fits(value))
     return counts
 
 
@@ -116,7 +138,8 @@ def _layout_asked_for(path: Path, wanted: str, columns: tuple[str, ...]) -> Layo
     return layout
 
 
-def _refuse_media(path: Path, records: tuple[Record, ...]) -> None:
+def refuse_media(path: Path, records: Iterable[Record]) -> None:
+    """Raises DataError at the first row that holds pictures, sound or video."""
     for record in records:
         value = record.value
         if not isinstance(value, dict):
@@ -141,29 +164,10 @@ def has_media_part(messages: object) -> bool:
     return any(isinstance(part, dict) and part.get("type") not in (None, "text") for part in parts)
 
 
-def _refuse_preference(path: Path, records: tuple[Record, ...], columns: tuple[str, ...]) -> None:
-    found = None
-    if {"chosen", "rejected"} <= set(columns):
-        found = "chosen, rejected"
-    elif "label" in columns and {"messages", "completion"} & set(columns) and _has_boolean_label(records):
-        found = "label"
-    if found is not None:
-        message = f"this is preference data (columns {found}), not training answers; it has: {', '.join(columns)}"
-        remedy = (
-            "plain training needs one answer a row: name the format (messages, prompt_completion), "
-            "or map the column of the good answer"
-        )
-        raise DataError(message, where=str(path), remedy=remedy)
-
-
-def _has_boolean_label(records: tuple[Record, ...]) -> bool:
-    return any(isinstance(record.value, dict) and isinstance(record.value.get("label"), bool) for record in records)
-
-
 def _unrecognised(path: Path, columns: tuple[str, ...]) -> DataError:
     if not columns:
         return DataError("no row is an object with named columns", where=str(path), remedy=_mapping_remedy(columns))
-    known = "; ".join(f"{layout.name}: {', '.join(layout.required)}" for layout in LAYOUTS)
+    known = "; ".join(f"{name}: {', '.join(_BY_NAME[name].required)}" for name in (*_SFT_FIRST, "preference", "kto"))
     message = f"the format is not recognised from the columns: {', '.join(columns)} (known: {known})"
     return DataError(message, where=str(path), remedy=_mapping_remedy(columns))
 

@@ -1,108 +1,81 @@
-"""Rows split into training and held-out, duplicates counted, and written as JSON Lines."""
+"""Files of any format to JSON Lines: split, without repetitions on request, block by block."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
-from charkha.data.formats import ReadFile, raise_for_problems, read_rows
-from charkha.data.masking import Action, treat_rows, treatment_report
-from charkha.data.rows import Row, content_hash, row_as_record
+import numpy as np
+
+from charkha.data.duplicates import hash_rows
+from charkha.data.formats import ReadFile, ReadOptions, RowTask, open_rows, raise_for_problems
+from charkha.data.indexing import IndexedFile, index_file
+from charkha.data.masking import Action, TreatedFile, Treatment, masked_row, treatment_report
+from charkha.data.personal_rows import Value, numbered
+from charkha.data.rows import Row, row_as_record
+from charkha.data.splits import SplitKeys, SplitWish, held_out, joined, repetitions
+from charkha.data.workers import map_ordered, worker_count
 from charkha.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def split_rows(rows: Sequence[Row], eval_: str | int | float, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(training rows, held-out rows), each in the order given.
-
-    `eval_` is a share (`"5%"`, 0.05) or a count (200, "200"); 0 holds nothing out. The same rows and seed give the
-    same split in whatever order they come. Rows that say the same stand on one side; a share is met as nearly as that
-    allows.
-    Raises UsageError for a share that is none, DataError where one side would be empty.
-    """
-    wanted = held_out_count(eval_, len(rows))
-    if wanted == 0:
-        return tuple(rows), ()
-    hashes = [content_hash(row) for row in rows]
-    sizes: dict[str, int] = {}
-    for digest in hashes:
-        sizes[digest] = sizes.get(digest, 0) + 1
-    chosen = _choose_groups(sizes, wanted, seed)
-    train = tuple(row for row, digest in zip(rows, hashes, strict=True) if digest not in chosen)
-    held_out = tuple(row for row, digest in zip(rows, hashes, strict=True) if digest in chosen)
-    if not train or not held_out:
-        raise DataError(
-            f"{len(rows)} rows ({len(sizes)} different) cannot be split into training and {eval_} held-out rows",
-            remedy="give more rows, a smaller data.eval, or a file of its own",
-        )
-    return train, held_out
-
-
-def _choose_groups(sizes: Mapping[str, int], wanted: int, seed: int) -> set[str]:
-    """Contents whose rows add up to `wanted` or just below, in an order that only seed and content decide."""
-    ordered = sorted(sizes, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
-    chosen: set[str] = set()
-    left = wanted
-    for digest in ordered:
-        if sizes[digest] <= left:
-            chosen.add(digest)
-            left -= sizes[digest]
-    return chosen
-
-
-def held_out_count(eval_: str | int | float, rows: int) -> int:
-    """The number of held-out rows that a share or count means, at least 1 unless it is 0. Raises UsageError."""
-    share, count = _share_or_count(eval_)
-    if share is not None:
-        return 0 if share == 0 else max(1, round(share * rows))
-    return count
-
-
-def _share_or_count(eval_: str | int | float) -> tuple[float | None, int]:
-    try:
-        if isinstance(eval_, str) and eval_.strip().endswith("%"):
-            share = float(eval_.strip()[:-1]) / 100
-        elif isinstance(eval_, int) or (isinstance(eval_, str) and eval_.strip().isdigit()):
-            if int(eval_) < 0:
-                raise ValueError
-            return None, int(eval_)
-        else:
-            share = float(eval_)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UsageError(
-            f"data.eval: {eval_!r} is no share or count of rows", remedy="write for example 5%, 0.05 or 200"
-        )
-    return share, 0
+    """(training rows, held-out rows), each in the order given; see `splits.held_out`."""
+    nothing = np.zeros(len(rows))
+    chosen = held_out(SplitKeys(hash_rows(rows), nothing.astype(np.uint64), nothing), SplitWish(eval_, seed))
+    train = tuple(row for row, out in zip(rows, chosen, strict=True) if not out)
+    return train, tuple(row for row, out in zip(rows, chosen, strict=True) if out)
 
 
 def count_duplicates(rows: Sequence[Row]) -> int:
     """How many rows say exactly what an earlier row said."""
-    return len(rows) - len({content_hash(row) for row in rows})
+    return int(repetitions(hash_rows(rows)).sum()) if rows else 0
 
 
 def without_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows without exact repetitions; the first of each stays."""
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(content_hash(row), row)
-    return tuple(first.values())
+    repeated = repetitions(hash_rows(rows))
+    return tuple(row for row, again in zip(rows, repeated, strict=True) if not again)
 
 
-def write_jsonl(rows: Sequence[Row], path: Path) -> None:
-    """Writes one JSON object a line (`messages`, `prompt` + `completion`, or `text`): the whole file or nothing."""
-    beside = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(row_as_record(row), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def write_jsonl(rows: Iterable[Row], path: Path) -> None:
+    """Writes one JSON object a line (`messages`, `prompt` + `completion`, ...): the whole file or nothing."""
+    with _Output(path) as output:
+        output.write(rows)
+
+
+class _Output:
+    """A JSON Lines file that appears when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._beside = path.with_name(path.name + ".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> _Output:
+        self._file: IO[str] = self._beside.open("w", encoding="utf-8", newline="\n")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._file.close()
+            self._beside.unlink(missing_ok=True)
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._beside, self._path)
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Adds rows."""
+        self._file.writelines(json.dumps(row_as_record(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -123,37 +96,44 @@ def prepare_files(
     paths: Sequence[Path],
     *,
     out: Path,
-    format: str = "auto",
-    mapping: Mapping[str, str] | None = None,
-    eval_: str | int | float = 0,
-    seed: int = 42,
+    options: ReadOptions | None = None,
+    split: SplitWish | None = None,
     deduplicate: bool = False,
+    workers: int | None = None,
     personal: Action = "report",
     personal_report: Path | None = None,
 ) -> Prepared:
     """Reads files of any supported format and writes `out`, and `<out>.eval.jsonl` where rows are held out.
 
     `personal` says what is done about personal data: `mask` writes stand-ins, `drop` leaves rows out;
-    `personal_report` is a Markdown file that tells what was found and done. Raises DataError
-    with every problem of every file before anything is written, UsageError where the files hold rows
-    of different kinds, which one JSONL file cannot mix.
+    `personal_report` is a Markdown file that tells what was found and done. The files are read twice, so that memory
+    does not grow with them. Raises DataError with every problem of every file before anything is written, UsageError
+    where the files hold rows of different kinds: one JSONL file mixes none.
     """
+    options, split = options or ReadOptions(), split or SplitWish()
     if out.suffix.lower() != ".jsonl":
         raise UsageError(f"the output must be named *.jsonl, not {out.name}", where=str(out))
-    files = tuple(read_rows(path, format=format, mapping=mapping) for path in paths)
-    raise_for_problems(files)
+    processes = worker_count(paths, workers)
+    files = [index_file(path, options, split, processes, kept_kinds=()) for path in paths]
+    raise_for_problems([file.read for file in files])
     _refuse_mixture(files)
-    treatment = treat_rows([(str(file.path), file.rows) for file in files], personal)
-    rows = tuple(row for file in treatment.files for row in file.rows)
-    duplicates = count_duplicates(rows)
-    train, held_out = split_rows(without_duplicates(rows) if deduplicate else rows, eval_, seed)
-    eval_path = out.with_name(out.stem + ".eval.jsonl") if held_out else None
-    write_jsonl(train, out)
+    keys = joined([file.keys for file in files])
+    repeated = repetitions(keys.hashes)
+    found = [TreatedFile(str(file.read.path), file.finds) for file in files]
+    treatment = Treatment(personal, (), tuple(found))
+    used = ~repeated if deduplicate else np.ones(len(repeated), dtype=np.bool_)
+    if personal == "drop":
+        used &= ~np.concatenate([file.finds.found for file in files])
+    chosen = np.zeros(len(repeated), dtype=np.bool_)
+    chosen[used] = held_out(keys.of(used), split)
+    eval_path = out.with_name(out.stem + ".eval.jsonl") if chosen.any() else None
+    plain = replace(options, keep=(), warn=False)
+    _write(files, plain, used & ~chosen, chosen, out, eval_path, processes, masking=personal == "mask")
+    reads = tuple(file.read for file in files)
     if personal_report is not None:
-        _write_report(personal_report, treatment_report(treatment, files))
-    if eval_path is not None:
-        write_jsonl(held_out, eval_path)
-    return Prepared(files, out, len(train), eval_path, len(held_out), duplicates, deduplicate, treatment.record())
+        _write_report(personal_report, treatment_report(treatment, reads))
+    counts = int((used & ~chosen).sum()), int(chosen.sum())
+    return Prepared(reads, out, counts[0], eval_path, counts[1], int(repeated.sum()), deduplicate, treatment.record())
 
 
 def _write_report(path: Path, text: str) -> None:
@@ -163,8 +143,41 @@ def _write_report(path: Path, text: str) -> None:
         raise UsageError(f"the report cannot be written: {error.strerror}", where=str(path)) from error
 
 
-def _refuse_mixture(files: Sequence[ReadFile]) -> None:
-    kinds = {type(row): file.path for file in files for row in file.rows}
+def _write(
+    files: Sequence[IndexedFile],
+    options: ReadOptions,
+    train: NDArray[np.bool_],
+    evaluated: NDArray[np.bool_],
+    out: Path,
+    eval_path: Path | None,
+    workers: int,
+    *,
+    masking: bool,
+) -> None:
+    masks = numbered([values for file in files for values in file.block_values])
+    with ExitStack() as stack:
+        outputs = [(stack.enter_context(_Output(out)), train)]
+        if eval_path is not None:
+            outputs.append((stack.enter_context(_Output(eval_path)), evaluated))
+        first = 0
+        for file in files:
+            tasks = ((task, next(masks) if masking else {}) for task in open_rows(file.read.path, options).tasks)
+            for rows in map_ordered(_rows_of, tasks, None, workers):
+                for output, flags in outputs:
+                    output.write(row for row, wanted in zip(rows, flags[first:], strict=False) if wanted)
+                first += len(rows)
+        if first != len(train):
+            raise DataError("a file changed while it was read", where=str(files[0].read.path), remedy="run it again")
+
+
+def _rows_of(_: None, task: tuple[RowTask, Mapping[Value, int]]) -> tuple[Row, ...]:
+    block, mask = task
+    rows = block.run().rows
+    return tuple(masked_row(row, mask) for row in rows) if mask else rows
+
+
+def _refuse_mixture(files: Sequence[IndexedFile]) -> None:
+    kinds = {kind: file.read.path for file in files for kind in file.kinds}
     if len(kinds) > 1:
         names = ", ".join(str(path) for path in kinds.values())
         raise UsageError(

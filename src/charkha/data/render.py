@@ -8,6 +8,7 @@ what of them is trained is taken from the template's own `{% generation %}` bloc
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 
 from charkha.data.jinja_sandbox import TemplateFault, render_template, take_marks
 from charkha.data.model_files import SpecialTokens
-from charkha.data.rows import ChatRow, PromptRow, Row, Turn
+from charkha.data.rows import ChatRow, PromptRow, Row, TextRow, ToolCall, Turn
 from charkha.data.templates import ChatTemplate
 from charkha.errors import DataError
 
@@ -55,6 +56,10 @@ def render_row(
         text = _with_end(prompt + row.completion, special)
         start = 0 if train_on == "all" else len(prompt)
         return Rendered(text, ((start, len(text)),), add_special_tokens=True)
+    if not isinstance(row, TextRow):
+        raise DataError(
+            "a row that compares or rates answers is not rendered whole", remedy="render each of its conversations"
+        )
     text = _with_end(_without_bos(row.text, special), special)
     return Rendered(text, ((0, len(text)),), add_special_tokens=True)
 
@@ -109,20 +114,22 @@ class _Conversation:
     template: ChatTemplate
     turns: tuple[Turn, ...]
     special: SpecialTokens
+    tools: str | None = None
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> _Marked:
         """Text of these turns. Raises TemplateFault."""
         variables: dict[str, object] = {
-            "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
+            "messages": [_message(turn) for turn in turns],
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.template.bos_token or self.special.bos or "",
             "eos_token": self.template.eos_token or self.special.eos or "",
             "pad_token": self.special.pad or "",
             "unk_token": self.special.unk or "",
-            "tools": None,
+            "tools": None if self.tools is None else json.loads(self.tools),
             "documents": None,
         }
-        size = sum(len(turn.content) for turn in turns)
+        size = sum(len(turn.content) + sum(len(call.arguments) for call in turn.calls) for turn in turns)
+        size += len(self.tools or "")
         return _Marked(*take_marks(render_template(self.template.text, variables, size)))
 
     def try_text(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str | None:
@@ -137,10 +144,36 @@ class _Conversation:
         return (*self.turns[:index], Turn(self.turns[index].role, _SENTINEL), *self.turns[index + 1 :])
 
 
+def _message(turn: Turn) -> dict[str, object]:
+    """A turn as chat templates expect it; arguments of a call are an object, as Hugging Face has it."""
+    message: dict[str, object] = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = [_call(call) for call in turn.calls]
+    if turn.name is not None:
+        message["name"] = turn.name
+    if turn.call_id is not None:
+        message["tool_call_id"] = turn.call_id
+    return message
+
+
+def _call(call: ToolCall) -> dict[str, object]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    record: dict[str, object] = {"type": "function", "function": function}
+    return record if call.id is None else {**record, "id": call.id}
+
+
+def _require_calls(text: str, turns: Sequence[Turn]) -> None:
+    """Raises TemplateFault where a call is not in the text: many templates know no tools and write nothing for it."""
+    missing = next((call.name for turn in turns for call in turn.calls if call.name not in text), None)
+    if missing is not None:
+        raise TemplateFault(f"it does not write tool calls (the call of {missing!r} is missing)")
+
+
 def _render_chat(row: ChatRow, template: ChatTemplate | None, special: SpecialTokens, train_on: TrainOn) -> Rendered:
-    conversation = _Conversation(_required(template, row.line), row.turns, special)
+    conversation = _Conversation(_required(template, row.line), row.turns, special, row.tools)
     try:
         full = conversation.render(row.turns)
+        _require_calls(full.text, row.turns)
         if train_on == "all":
             return Rendered(full.text, ((0, len(full.text)),), add_special_tokens=False)
         return _answers(conversation, full)
@@ -183,7 +216,7 @@ def _answers(conversation: _Conversation, full: _Marked) -> Rendered:
 def _without_white_space_after(text: str, span: Span, turn: Turn) -> Span:
     """A marked span without a newline behind its end token; white space that the answer itself ends with stays."""
     inside = text[span[0] : span[1]]
-    if inside.rstrip().endswith(turn.content.rstrip()):
+    if not turn.calls and inside.rstrip().endswith(turn.content.rstrip()):
         return span
     return span[0], span[0] + len(inside.rstrip())
 
@@ -196,15 +229,21 @@ def _find_answer(conversation: _Conversation, text: str, index: int) -> tuple[Sp
     is_last = index == len(conversation.turns) - 1
     closing = text if is_last else conversation.try_text(conversation.turns[: index + 1])
     if start is not None and closing is not None and text.startswith(closing):
-        end = _end_between(text, start, len(closing), conversation.turns[index].content)
+        end = _end_between(text, start, len(closing), conversation.turns[index])
         if end is not None:
             return (start, end), True
     return _find_by_sentinel(conversation, text, index, start), start is not None
 
 
-def _end_between(text: str, start: int, stop: int, content: str) -> int | None:
-    """Where the answer and its end-of-turn token end inside `text[start:stop]`; None if the answer was rewritten."""
+def _end_between(text: str, start: int, stop: int, turn: Turn) -> int | None:
+    """Where the answer and its end-of-turn token end inside `text[start:stop]`; None if the answer was rewritten.
+
+    How a call is written is the template's own: all of it but the white space after it belongs to the answer.
+    """
     segment = text[start:stop]
+    if turn.calls:
+        return start + len(segment.rstrip())
+    content = turn.content
     lead = len(segment) - len(segment.lstrip())
     body = content.strip()
     if not segment.startswith(body, lead):

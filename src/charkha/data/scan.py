@@ -6,38 +6,23 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from charkha.data.formats import read_rows
+from charkha.data.duplicates import duplicates_in_files, leakage_in_files
+from charkha.data.formats import ReadOptions
 from charkha.data.personal import find_personal
-from charkha.data.personal_finds import Confidence, Find
-from charkha.data.readers import read_records
-from charkha.data.records import Record
-from charkha.data.rows import content_hash
-from charkha.errors import DataError, FileProblems, UsageError
+from charkha.data.personal_finds import Find
+from charkha.data.personal_rows import Finding
+from charkha.data.readers import open_records
+from charkha.data.records import Block, Record
+from charkha.data.workers import map_ordered, worker_count
+from charkha.errors import DataError, FileProblems, Problem, UsageError
+from charkha.store.durable import sha256_of_file
 
 _NAMED_LENGTH = 64  # a value no longer than this may be what its column's name says
 _LAST_NAME = re.compile(r"[^.\[\]]+(?=(?:\[[0-9]+\])*$)")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One find and its place. `line` counts from 1, `start` and `end` characters of the field; never the value."""
-
-    kind: str
-    file: str
-    line: int | None
-    field: str
-    start: int
-    end: int
-    confidence: Confidence
-
-    @property
-    def blocks(self) -> bool:
-        """Whether training refuses such data until its user has decided."""
-        return Find(self.kind, self.start, self.end, self.confidence).blocks
 
 
 @dataclass(frozen=True)
@@ -51,10 +36,10 @@ class ScannedFile:
 
 @dataclass(frozen=True)
 class Repetitions:
-    """Rows that repeat an earlier one. `near` is None where near-duplicates were not looked for."""
+    """Rows that repeat an earlier one, exactly or nearly. `near` is None where only whole records were compared."""
 
     exact: int
-    near: int | None = None
+    near: int | None
 
 
 @dataclass(frozen=True)
@@ -78,26 +63,56 @@ def scan_files(
     paths: Sequence[Path],
     *,
     against: Sequence[Path] = (),
-    format: str = "auto",
-    mapping: Mapping[str, str] | None = None,
+    options: ReadOptions | None = None,
+    workers: int | None = None,
 ) -> ScanResult:
     """Personal data in every string and whole number of the files, also in columns that no row uses.
 
     Raises DataError where a file as a whole cannot be read; lines that cannot are in its report.
     """
+    options = options or ReadOptions()
     files: list[ScannedFile] = []
     findings: list[Finding] = []
     for path in paths:
-        read = read_records(path)
-        characters = 0
-        for record in read.records:
-            for field, text in texts_within(record.value):
-                characters += len(text)
-                findings += (_placed(find, str(path), record.line, field) for find in find_in_field(field, text))
-        report = FileProblems(str(path), None, read.encoding, len(read.records), read.problems)
-        files.append(ScannedFile(report, hashlib.sha256(path.read_bytes()).hexdigest(), characters))
-    duplicates, leakage = exact_repetitions(paths, against, format, mapping or {})
+        scanned, found = _scan_file(path, options, worker_count([path], workers))
+        files.append(scanned)
+        findings += found
+    duplicates, leakage = repetitions_in(paths, against, options, workers)
     return ScanResult(tuple(files), tuple(findings), duplicates, leakage)
+
+
+def _scan_file(path: Path, options: ReadOptions, workers: int) -> tuple[ScannedFile, list[Finding]]:
+    opened = open_records(path, assistant=options.assistant)
+    findings: list[Finding] = []
+    problems: list[Problem] = []
+    rows = characters = 0
+    for part in map_ordered(_scan_block, opened.blocks, str(path), workers):
+        findings += part.findings
+        problems += part.problems
+        rows += part.rows
+        characters += part.characters
+    report = FileProblems(str(path), None, opened.encoding, rows, tuple(problems))
+    return ScannedFile(report, sha256_of_file(path), characters), findings
+
+
+@dataclass(frozen=True)
+class _ScannedBlock:
+    findings: list[Finding]
+    problems: tuple[Problem, ...]
+    rows: int
+    characters: int
+
+
+def _scan_block(path: str, block: Block) -> _ScannedBlock:
+    """Runs in any process."""
+    parsed = block.parse()
+    findings: list[Finding] = []
+    characters = 0
+    for record in parsed.records:
+        for field, text in texts_within(record.value):
+            characters += len(text)
+            findings += (_placed(find, path, record.line, field) for find in find_in_field(field, text))
+    return _ScannedBlock(findings, parsed.problems, len(parsed.records), characters)
 
 
 def _placed(find: Find, file: str, line: int | None, field: str) -> Finding:
@@ -132,29 +147,35 @@ def find_in_field(field: str, text: str) -> tuple[Find, ...]:
     )
 
 
-# Repetitions: exact ones only. A row repeats another when it says the same once read, whatever else its line holds.
-
-
-def exact_repetitions(
-    paths: Sequence[Path], against: Sequence[Path], format: str, mapping: Mapping[str, str]
+def repetitions_in(
+    paths: Sequence[Path], against: Sequence[Path], options: ReadOptions, workers: int | None = None
 ) -> tuple[Repetitions, Repetitions | None]:
-    """(rows that repeat an earlier row, rows that also stand in `against` or None without it)."""
-    rows = Counter(digest for path in paths for digest in _digests(path, format, mapping))
-    duplicates = Repetitions(rows.total() - len(rows))
+    """(rows that repeat an earlier row, rows of `against` that also stand in the files, or None without it).
+
+    A row repeats another when it says the same once read, whatever else its line holds. Files in no known layout are
+    compared record by record, exactly only.
+    """
+    try:
+        twice = duplicates_in_files(paths, options, workers=workers)
+        leaked = leakage_in_files(paths, against, options, workers=workers) if against else None
+    except (DataError, UsageError):
+        if options.format != "auto" or options.mapping:
+            raise
+        return _repeated_records(paths, against)
+    return Repetitions(twice.exact, twice.near), None if leaked is None else Repetitions(leaked.exact, leaked.near)
+
+
+def _repeated_records(paths: Sequence[Path], against: Sequence[Path]) -> tuple[Repetitions, Repetitions | None]:
+    records = Counter(digest for path in paths for digest in _digests(path))
+    duplicates = Repetitions(records.total() - len(records), None)
     if not against:
         return duplicates, None
-    held_out = {digest for path in against for digest in _digests(path, format, mapping)}
-    return duplicates, Repetitions(sum(count for digest, count in rows.items() if digest in held_out))
+    return duplicates, Repetitions(sum(digest in records for path in against for digest in _digests(path)), None)
 
 
-def _digests(path: Path, format: str, mapping: Mapping[str, str]) -> Iterable[str]:
-    """What identifies each row; of a file in no known layout, each record as it stands."""
-    try:
-        return [content_hash(row) for row in read_rows(path, format=format, mapping=mapping).rows]
-    except (DataError, UsageError):
-        if format != "auto" or mapping:
-            raise
-        return [_record_digest(record) for record in read_records(path).records]
+def _digests(path: Path) -> Iterator[str]:
+    for block in open_records(path).blocks:
+        yield from (_record_digest(record) for record in block.parse().records)
 
 
 def _record_digest(record: Record) -> str:

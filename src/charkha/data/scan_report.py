@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from charkha.data.personal import DETECTORS_VERSION
 from charkha.data.personal_finds import NOT_A_PERSON
-from charkha.data.scan import Finding, ScanResult
+from charkha.data.personal_rows import Finding
+from charkha.data.scan import ScanResult
 from charkha.personal_kinds import PERSONAL_KINDS
 
 _LIMITS = (

@@ -6,61 +6,122 @@ The hash is of the file's bytes, so a shard that was cut or altered is noticed b
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from charkha.data.encoded import EncodedRow
 from charkha.errors import DataError, RunDamaged
-from charkha.store.durable import write_durably
+from charkha.store.durable import Bytes, name_durably, sha256_of_file, write_stream_durably
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_PIECE = 1 << 20
 _NAME = re.compile(r".+-([0-9a-f]{16})\.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows end to end: ids int32 [tokens], trained uint8 [tokens], lengths int64 [rows], lines int32 [rows]."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.uint8]
+    lengths: NDArray[np.int64]
+    lines: NDArray[np.int32]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+
+def token_rows(encoded: Sequence[EncodedRow]) -> TokenRows:
+    """The rows end to end, in their order."""
+    ids = [row.input_ids for row in encoded]
+    trained = [row.trained for row in encoded]
+    return TokenRows(
+        np.concatenate(ids).astype(np.int32, copy=False) if ids else np.empty(0, np.int32),
+        np.concatenate(trained).astype(np.uint8) if trained else np.empty(0, np.uint8),
+        np.asarray([len(row) for row in encoded], dtype=np.int64),
+        np.asarray([row.line or 0 for row in encoded], dtype=np.int32),
+    )
 
 
 def write_shard(
     folder: Path,
     name_prefix: str,
     encoded: Sequence[EncodedRow],
-    *,
-    write: Callable[[Path, bytes], None] = write_durably,
 ) -> Path:
     """Writes the rows as one shard and returns its path; the same rows give the same name and bytes.
 
-    `write` is how a file reaches the disk: the run folder passes its own. Raises DataError for no rows.
+    Raises DataError for no rows.
     """
-    from safetensors.numpy import save
+    return write_token_rows(folder, name_prefix, [token_rows(encoded)])
 
-    if not encoded:
+
+def write_token_rows(
+    folder: Path,
+    name_prefix: str,
+    parts: Sequence[TokenRows],
+) -> Path:
+    """Writes all parts as one shard; parts may be memory-mapped, so that little of them is in memory at once.
+
+    Raises DataError where there is no row.
+    """
+    if not any(part.rows for part in parts):
         raise DataError("there are no rows to write", where=str(folder), remedy="check data.train and data.overlong")
-    data = save(_arrays(encoded))
-    path = folder / f"{name_prefix}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    write(path, data)
+    unnamed = folder / f".{name_prefix}.partial"
+    digest = write_stream_durably(unnamed, _bytes_of(parts))
+    path = folder / f"{name_prefix}-{digest[:16]}.safetensors"
+    name_durably(unnamed, path)
     return path
 
 
-def _arrays(encoded: Sequence[EncodedRow]) -> dict[str, NDArray[np.generic]]:
-    offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in encoded], out=offsets[1:])
-    return {
-        "input_ids": np.concatenate([row.input_ids for row in encoded]).astype(np.int32),
-        "trained": np.concatenate([row.trained for row in encoded]).astype(np.uint8),
-        "offsets": offsets,
-        "line": np.asarray([row.line or 0 for row in encoded], dtype=np.int32),
-    }
+def _bytes_of(parts: Sequence[TokenRows]) -> Iterator[Bytes]:
+    """A safetensors file as the library writes it: the header, then the arrays, the widest type first."""
+    rows, tokens = sum(part.rows for part in parts), sum(len(part.ids) for part in parts)
+    sizes = (
+        ("offsets", "I64", rows + 1, 8),
+        ("input_ids", "I32", tokens, 4),
+        ("line", "I32", rows, 4),
+        ("trained", "U8", tokens, 1),
+    )
+    header: dict[str, dict[str, object]] = {}
+    place = 0
+    for name, dtype, count, width in sizes:
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [place, place + count * width]}
+        place += count * width
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    yield np.zeros(1, dtype="<i8").tobytes()
+    reached = 0
+    for part in parts:
+        yield (np.cumsum(part.lengths) + reached).astype("<i8").tobytes()
+        reached += len(part.ids)
+    for part in parts:
+        yield from _pieces(part.ids, "<i4")
+    for part in parts:
+        yield part.lines.astype("<i4").tobytes()
+    for part in parts:
+        yield from _pieces(part.trained, "u1")
+
+
+def _pieces(values: NDArray[np.generic], dtype: str) -> Iterator[bytes]:
+    for start in range(0, len(values), _PIECE):
+        yield values[start : start + _PIECE].astype(dtype, copy=False).tobytes()
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The rows of one shard, in memory."""
+    """The rows of one shard. The flat arrays may be mapped from the file: what is looked at is read."""
 
     path: Path
     flat_ids: NDArray[np.int32]
@@ -109,22 +170,47 @@ _PREPARE_AGAIN = "remove the file; the same command prepares the data again"
 
 
 def open_shard(path: Path) -> Shard:
-    """The shard, after its bytes were checked against the hash in its name. Raises RunDamaged where they differ."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    """The shard, mapped into memory, after its bytes were checked against the hash in its name.
 
+    Raises RunDamaged where they differ.
+    """
     expected = hash_in_name(path)
     try:
-        data = path.read_bytes()
+        found = sha256_of_file(path)[:16]
     except FileNotFoundError as error:
         raise RunDamaged("the shard is missing", where=str(path), remedy="prepare the data again") from error
-    found = hashlib.sha256(data).hexdigest()[:16]
     if found != expected:
         message = f"the shard does not match the hash in its name (content {found})"
         raise RunDamaged(message, where=str(path), remedy=_PREPARE_AGAIN)
     try:
-        arrays = load(data)
-        trained = arrays["trained"].view(np.bool_)
-        return Shard(path, arrays["input_ids"], trained, arrays["offsets"], arrays["line"])
-    except (SafetensorError, KeyError) as error:
+        arrays = _mapped(path)
+        return Shard(
+            path,
+            arrays["input_ids"],
+            arrays["trained"].view(np.bool_),
+            np.asarray(arrays["offsets"]),
+            np.asarray(arrays["line"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
         raise RunDamaged(f"this is no shard: {error}", where=str(path), remedy=_PREPARE_AGAIN) from error
+
+
+def rows_of_shard(shard: Shard) -> TokenRows:
+    """The shard's rows as they are merged into another."""
+    return TokenRows(shard.flat_ids, shard.flat_trained.view(np.uint8), shard.lengths, shard.lines)
+
+
+_DTYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1"}
+
+
+def _mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, read from the disk when they are looked at. Raises ValueError and its like."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=0)[8 + length :]
+    arrays = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        arrays[name] = data[start:stop].view(_DTYPES[entry["dtype"]])
+    return arrays

@@ -74,6 +74,44 @@ def encode_prompt(
     return tokenizer.encode(rendered.text, rendered.add_special_tokens)[0]
 
 
+@dataclass(frozen=True)
+class EncodeSettings:
+    """All that decides what tokens rows become. `max_length` None sets no limit."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    train_on: TrainOn = "responses"
+    max_length: int | None = None
+    overlong: Overlong = "error"
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBlock:
+    """`rows[i]` is what row i became: one row, none, or several pieces. `tally` counts what has to be told."""
+
+    rows: tuple[tuple[EncodedRow, ...], ...]
+    problems: tuple[Problem, ...]
+    tally: Counter[str]
+
+
+def encode_block(rows: Sequence[Row], settings: EncodeSettings) -> EncodedBlock:
+    """Rows with their tokens; a row that cannot be used has none and stands in `problems`. Never raises DataError."""
+    problems: list[Problem] = []
+    tally: Counter[str] = Counter()
+    kept: list[tuple[EncodedRow, ...]] = [() for _ in rows]
+    for index, encoded, has_words in _encoded(rows, settings, problems):
+        row = rows[index]
+        fitted = fit_row(encoded, row, settings.max_length, settings.overlong)
+        kept[index] = fitted.rows
+        if fitted.problem is not None:
+            problems.append(fitted.problem)
+        if fitted.fate is not None:
+            tally[fitted.fate] += 1
+        tally.update(_particulars(row, encoded, has_words))
+    problems.sort(key=lambda problem: problem.line or 0)
+    return EncodedBlock(tuple(kept), tuple(problems), tally)
+
+
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
@@ -89,22 +127,24 @@ def encode_rows(
     Raises DataError with every row that the template refuses, that is too long (`overlong="error"`), or in which
     nothing is trained; `source` is the file named there. What is cut or left out is counted in the notes.
     """
-    problems: list[Problem] = []
-    kept: list[EncodedRow] = []
-    tally: Counter[str] = Counter()
-    for row, encoded in _encoded(rows, tokenizer, template, train_on, problems):
-        fitted = fit_row(encoded, row, max_length, overlong)
-        kept.extend(fitted.rows)
-        if fitted.problem is not None:
-            problems.append(fitted.problem)
-        if fitted.fate is not None:
-            tally[fitted.fate] += 1
-        tally.update(_particulars(row, encoded, tokenizer))
-    if problems:
-        problems.sort(key=lambda problem: problem.line or 0)
-        raise_for_reports((FileProblems(source, None, None, len(rows) - len(problems), tuple(problems)),))
-    counts = _counts(kept, tally)
-    return EncodedSet(tuple(kept), counts, _set_notes(counts, rows, tokenizer, template))
+    block = encode_block(rows, EncodeSettings(tokenizer, template, train_on, max_length, overlong))
+    if block.problems:
+        good = len(rows) - len(block.problems)
+        raise_for_reports((FileProblems(source, None, None, good, block.problems),))
+    kept = [encoded for pieces in block.rows for encoded in pieces]
+    counts = _counts(kept, block.tally)
+    has_conversations = any(isinstance(row, ChatRow) for row in rows)
+    return EncodedSet(tuple(kept), counts, (*counts.notes(), *source_notes(tokenizer, template, has_conversations)))
+
+
+def source_notes(tokenizer: Tokenizer, template: ChatTemplate | None, has_conversations: bool) -> tuple[str, ...]:
+    """What has to be told of tokenizer and template themselves."""
+    notes: list[str] = []
+    if template is not None and has_conversations:
+        notes.append(f"chat template: {template.source}")
+        if "strftime_now" in template.text:
+            notes.append(f"the template asks for today's date: it is given {FIXED_DATE:%d %b %Y}, always")
+    return (*notes, *tokenizer.notes)
 
 
 @dataclass(frozen=True)
@@ -120,29 +160,31 @@ def _prepare(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, trai
     words: dict[str, str] = {}
     guarded: Row = row
     if isinstance(row, ChatRow):
-        guard = guard_turns(row.turns, tokenizer)
-        words, guarded = guard.words, replace(row, turns=guard.turns)
+        guard = guard_turns(row.turns, tokenizer, row.tools)
+        words, guarded = guard.words, replace(row, turns=guard.turns, tools=guard.tools)
     return _Prepared(row, render_row(guarded, template, tokenizer.special, train_on), words)
 
 
 def _encoded(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    train_on: TrainOn,
-    problems: list[Problem],
-) -> Iterator[tuple[Row, EncodedRow]]:
-    """Each row with its tokens, batch by batch; rows that cannot be rendered go to `problems`."""
+    rows: Sequence[Row], settings: EncodeSettings, problems: list[Problem]
+) -> Iterator[tuple[int, EncodedRow, bool]]:
+    """(number of the row, its tokens, whether its words name special tokens), batch by batch.
+
+    Rows that cannot be rendered go to `problems`.
+    """
+    tokenizer, template = settings.tokenizer, settings.template
     ends = end_ids(tokenizer, template)
     for first in range(0, len(rows), _BATCH_ROWS):
         batch: list[_Prepared] = []
-        for row in rows[first : first + _BATCH_ROWS]:
+        numbers: list[int] = []
+        for index in range(first, min(first + _BATCH_ROWS, len(rows))):
             try:
-                batch.append(_prepare(row, tokenizer, template, train_on))
+                batch.append(_prepare(rows[index], tokenizer, template, settings.train_on))
+                numbers.append(index)
             except DataError as error:
-                problems.append(Problem(error.message, row.line))
-        for prepared, encoding in zip(batch, _encode_prepared(batch, tokenizer), strict=True):
-            yield prepared.row, _finish(prepared, encoding, ends)
+                problems.append(Problem(error.message, rows[index].line))
+        for index, prepared, encoding in zip(numbers, batch, _encode_prepared(batch, tokenizer), strict=True):
+            yield index, _finish(prepared, encoding, ends), bool(prepared.words)
 
 
 def _encode_prepared(batch: Sequence[_Prepared], tokenizer: Tokenizer) -> list[Encoding]:
@@ -169,6 +211,39 @@ def _real_rendering(prepared: _Prepared) -> Rendered:
 def _finish(prepared: _Prepared, encoding: Encoding, ends: frozenset[int]) -> EncodedRow:
     """Trained characters to trained tokens: a token that overlaps a span is trained."""
     rendered = _real_rendering(prepared)
+    trained, straddles = _flags_by_ends(rendered, encoding) or _flags_by_offsets(rendered, encoding, ends)
+    return EncodedRow(
+        encoding.ids,
+        trained,
+        prepared.row.line,
+        _ends(rendered.text, encoding, trained, ends),
+        boundary_merge=straddles,
+        continues_prompt=rendered.continues_prompt,
+    )
+
+
+def _flags_by_ends(rendered: Rendered, encoding: Encoding) -> tuple[NDArray[np.bool_], bool] | None:
+    """As `_flags_by_offsets`, from the tokens at both ends of each span alone.
+
+    None where that does not tell: the post-processor adds tokens, or a character at an end belongs to none.
+    """
+    if rendered.add_special_tokens or encoding.made is None:
+        return None
+    trained = np.zeros(len(encoding.ids), dtype=np.bool_)
+    straddles = False
+    for start, stop in rendered.trained:
+        first, last = encoding.token_at(start), encoding.token_at(stop - 1)
+        before = encoding.token_at(start - 1) if start else -1
+        after = encoding.token_at(stop) if stop < len(rendered.text) else len(trained)
+        if stop <= start or first is None or last is None or before is None or after is None:
+            return None
+        trained[first : after + (last == after)] = True
+        straddles = straddles or before == first
+    return trained, straddles
+
+
+def _flags_by_offsets(rendered: Rendered, encoding: Encoding, ends: frozenset[int]) -> tuple[NDArray[np.bool_], bool]:
+    """(which tokens are trained, whether one begins before its span)."""
     starts, stops = encoding.offsets[:, 0], encoding.offsets[:, 1]
     trained = np.zeros(len(encoding.ids), dtype=np.bool_)
     straddles = False
@@ -178,15 +253,7 @@ def _finish(prepared: _Prepared, encoding: Encoding, ends: frozenset[int]) -> En
         straddles = straddles or bool(((starts < start) & (stops > start)).any())
         if stop == len(rendered.text) and len(starts) and starts[-1] == stop:
             trained[-1] |= int(encoding.ids[-1]) in ends  # an end token that the post-processor put behind the text
-    ended = _ends(rendered.text, encoding, trained, ends)
-    return EncodedRow(
-        encoding.ids,
-        trained,
-        prepared.row.line,
-        ended,
-        boundary_merge=straddles,
-        continues_prompt=rendered.continues_prompt,
-    )
+    return trained, straddles
 
 
 def _ends(text: str, encoding: Encoding, trained: NDArray[np.bool_], ends: frozenset[int]) -> bool:
@@ -194,20 +261,20 @@ def _ends(text: str, encoding: Encoding, trained: NDArray[np.bool_], ends: froze
     for index in np.flatnonzero(trained)[::-1]:
         if int(encoding.ids[index]) in ends:
             return True
-        start, stop = encoding.offsets[index]
+        start, stop = encoding.characters_of(int(index))
         if not text[start:stop].isspace():
             return False
     return False
 
 
-def _particulars(row: Row, encoded: EncodedRow, tokenizer: Tokenizer) -> list[str]:
+def _particulars(row: Row, encoded: EncodedRow, has_words: bool) -> list[str]:
     """The names of the counts that this row adds to."""
     found = {
         "boundary_merges": encoded.boundary_merge,
         "without_end": not encoded.ends,
         "other_opening": not encoded.continues_prompt,
         "glued": isinstance(row, PromptRow) and not (row.prompt[-1:].isspace() or row.completion[:1].isspace()),
-        "special_text": isinstance(row, ChatRow) and bool(guard_turns(row.turns, tokenizer).words),
+        "special_text": has_words,
     }
     return [name for name, applies in found.items() if applies]
 
@@ -220,14 +287,3 @@ def _counts(kept: Sequence[EncodedRow], tally: Counter[str]) -> EncodedCounts:
         longest=max((len(row) for row in kept), default=0),
         **tally,
     )
-
-
-def _set_notes(
-    counts: EncodedCounts, rows: Sequence[Row], tokenizer: Tokenizer, template: ChatTemplate | None
-) -> tuple[str, ...]:
-    notes = list(counts.notes())
-    if template is not None and any(isinstance(row, ChatRow) for row in rows):
-        notes.insert(0, f"chat template: {template.source}")
-        if "strftime_now" in template.text:
-            notes.insert(1, f"the template asks for today's date: it is given {FIXED_DATE:%d %b %Y}, always")
-    return (*notes, *tokenizer.notes)

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,31 @@ _TRIMMED_OFFSETS = re.compile(r'("trim_offsets"\s*:\s*)true')
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Tokens of one text. offsets int64 [tokens, 2] are characters; together they cover the text without gaps."""
+    """Tokens of one text. offsets int64 [tokens, 2] are characters; together they cover the text without gaps.
+
+    Offsets are made when they are asked for: to turn the library's list of pairs into an array takes a third of the
+    time of tokenizing, and a conversation only needs the tokens at the ends of its answers.
+    """
 
     ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
+    made: Any = None  # the library's encoding
+    length: int = 0
+    known: NDArray[np.int64] | None = None
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Character offsets of each token."""
+        return _covering(self.made, self.length) if self.known is None else self.known
+
+    def characters_of(self, token: int) -> tuple[int, int]:
+        """Start and stop of one token."""
+        place = None if self.made is None else self.made.token_to_chars(token)
+        return (int(self.offsets[token, 0]), int(self.offsets[token, 1])) if place is None else place
+
+    def token_at(self, character: int) -> int | None:
+        """The first token that the character belongs to; None where the library does not say."""
+        token = None if self.made is None else self.made.char_to_token(character)
+        return None if token is None else int(token)
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
         """One encoding a text, in their order; the library spreads them over its threads."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return [_covering(encoding, len(text)) for encoding, text in zip(encodings, texts, strict=True)]
+        return [
+            Encoding(np.asarray(encoding.ids, dtype=np.int32), encoding, len(text))
+            for encoding, text in zip(encodings, texts, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32], skip_special_tokens: bool = False) -> str:
         """The text of the tokens. Some tokenizers leave out the first space: decode prompt and answer together."""
@@ -88,16 +113,15 @@ class Tokenizer:
         return _blind(self)
 
 
-def _covering(encoding: Any, length: int) -> Encoding:
+def _covering(encoding: Any, length: int) -> NDArray[np.int64]:
     """Offsets such that each character belongs to a token; tokens added around the text stand at its two ends."""
-    ids = np.asarray(encoding.ids, dtype=np.int32)
     offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     own = np.flatnonzero(np.asarray(encoding.special_tokens_mask, dtype=np.int8) == 0)
-    last = int(own[-1]) + 1 if len(own) else len(ids)
+    last = int(own[-1]) + 1 if len(own) else len(offsets)
     offsets[last:] = length
     reached = np.maximum.accumulate(offsets[:, 1])
     offsets[1:, 0] = np.minimum(offsets[1:, 0], reached[:-1])
-    return Encoding(ids, offsets)
+    return offsets
 
 
 _BLIND: dict[str, Tokenizer] = {}

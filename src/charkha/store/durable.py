@@ -107,6 +107,17 @@ def write_durably(path: Path, data: Bytes) -> None:
     _disk.sync_folder(path.parent)
 
 
+def write_stream_durably(path: Path, parts: Iterable[Bytes]) -> str:
+    """Writes a new file of `parts` and returns its SHA-256; give it its final name with `name_durably`."""
+    return write_file(path, parts)[1]
+
+
+def name_durably(source: Path, target: Path) -> None:
+    """Gives a file its final name, on the disk when this returns; one of that name is replaced."""
+    _disk.rename(source, target)
+    _disk.sync_folder(target.parent)
+
+
 def append(path: Path, data: Bytes) -> None:
     """Adds `data` at the end of a file, given to the system but not yet to the disk: see `sync_file`."""
     with path.open("ab", buffering=0) as file:

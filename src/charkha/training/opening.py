@@ -14,13 +14,15 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
+from charkha.data.hub_names import parse_hub_name
 from charkha.hardware.probe import cpu_has_bf16
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import Choice, Chooser, DeviceFacts, adapter_spec, step_plan, unused_adapter_keys
-from charkha.training.dataset import PreparedData, open_prepared, prepare_data
+from charkha.training.dataset import PreparedData, open_prepared
 from charkha.training.fallback import apply_limit
 from charkha.training.packing_choice import choose_packing, packing_note
+from charkha.training.preparing import prepare_data
 from charkha.training.preview import Preview, preview
 from charkha.training.provenance import base_facts
 
@@ -67,7 +69,14 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     require_fit(skeleton, base, adapter)
     max_length = chooser.max_length(about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
-    data = prepare_data(loaded, base_folder, run.data, max_length, manifest.get("data"))
+    data = prepare_data(
+        loaded,
+        base_folder,
+        run.data,
+        max_length,
+        manifest.get("data"),
+        lambda text: observe({"event": "note", "text": text}),
+    )
     lengths = data.train.lengths
     proved_leak = proved_leak or manifest.get("packing_leak")
     packing = choose_packing(
@@ -168,6 +177,8 @@ def _absolute_source(source: Any, folder: Path) -> Any:
 
 
 def _absolute(path: str, folder: Path) -> str:
+    if parse_hub_name(path) is not None:
+        return path
     return str((folder / Path(path).expanduser()).resolve())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,7 +152,7 @@ def _count_rows(loaded: LoadedConfig) -> tuple[int | None, list[str]]:
 
 
 def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Rows, list[str]]:
-    from charkha.training.dataset import prepare_data
+    from charkha.training.preparing import prepare_data
     from charkha.training.preview import trained_positions
 
     if not all(
@@ -161,6 +161,9 @@ def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Row
     ):
         count, note = _count_rows(loaded)
         return Rows(max_length, float(max_length), count, packed=loaded.config.data.packing is True), note
+    if loaded.config.data.personal == "block":  # for training to refuse; what would be trained is counted all the same
+        data = loaded.config.data.model_copy(update={"personal": "report"})
+        loaded = replace(loaded, config=loaded.config.model_copy(update={"data": data}))
     with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
         shard = prepare_data(loaded, folder, Path(scratch), max_length, None).train
         longest, mean, count = int(shard.lengths.max()), float(shard.lengths.mean()), len(shard.lengths)
