@@ -60,9 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.split("?")[0])
         self.hub.requests.append(("GET", path, self.headers.get("Range")))
         self.hub.user_agents.add(self.headers.get("User-Agent", ""))
-        if match := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/(.+?)/revision/(.+)", path):
             self._answer_listing(match[1], match[2])
-        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/(?:datasets/)?(.+?)/resolve/([^/]+)/(.+)", path):
             self._answer_file(match[1], match[2], match[3])
         else:
             self._refuse(404, None)

@@ -327,3 +327,23 @@ def test_the_command_leaves_with_the_exit_code_of_the_problem(hub):
     assert "Traceback" not in finished.stderr
     assert _command(MODEL, HF_HUB_OFFLINE="1").returncode == 5
     assert _command("no such name").returncode == 2
+
+
+def test_a_data_set_arrives_and_is_found_by_name_without_a_network(hub, tmp_path, monkeypatch):
+    from charkha.data.formats import read_rows
+    from charkha.data.hub_names import resolve_names
+
+    rows = b'{"text": "a"}\n{"text": "b"}\n'
+    files = {"README.md": b"about", "data/train.jsonl": rows, "data/test.jsonl": rows, "loader.py": b"import os"}
+    hub.repos["spinners/stories"] = Repo(files)
+    fetched = fetching.fetch_data_set("hub:spinners/stories", sleep=lambda seconds: None)
+    assert set(fetched.files) == {"README.md", "data/train.jsonl", "data/test.jsonl"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (path,) = resolve_names(["hub:spinners/stories"], tmp_path)
+    assert len(read_rows(path).rows) == 2
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    hub.repos["spinners/code"] = Repo({"loader.py": b"import os"})
+    with pytest.raises(EnvironmentProblem, match="no files that are read"):
+        fetching.fetch_data_set("hub:spinners/code", sleep=lambda seconds: None)
+    with pytest.raises(UsageError, match="no data set"):
+        fetching.fetch_data_set("spinners/stories")

@@ -16,7 +16,10 @@ app = new_app()
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="Model id on the hub, author/name.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(help="Model id on the hub, author/name, or hub:author/name for a data set.", show_default=False),
+    ],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit; `main` unless given.", show_default=False)
     ] = None,
@@ -32,14 +35,16 @@ def fetch(
 
 
 def _fetch(model: str, revision: str | None) -> dict[str, Any]:
-    from charkha.verbs.fetching import fetch_model
+    from charkha.verbs.fetching import fetch_data_set, fetch_model
 
+    is_data = model.startswith("hub:")
     line = _ProgressLine()
     try:
-        fetched = fetch_model(model, revision=revision, progress=line)
+        fetched = (fetch_data_set if is_data else fetch_model)(model, revision=revision, progress=line)
     finally:
         line.close()
     return {
+        "kind": "data set" if is_data else "model",
         "repo_id": fetched.repo_id,
         "revision": fetched.revision_sha,
         "path": str(fetched.path),
@@ -50,11 +55,14 @@ def _fetch(model: str, revision: str | None) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     table = new_table("", "")
-    table.add_row("model", result["repo_id"])
+    table.add_row(result["kind"], result["repo_id"])
     table.add_row("commit", result["revision"])
     table.add_row("size", f"{format_bytes(result['bytes'])} in {len(result['files'])} files, verified")
     table.add_row("folder", result["path"])
     stdout_console().print(table)
+    if result["kind"] == "data set":
+        note(f"in charkha.yaml: data.train: [hub:{result['repo_id']}]")
+        return
     note(f"in charkha.yaml: model.base: {result['repo_id']}, and to pin it model.revision: {result['revision']}")
 
 

@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from charkha.data.hub_names import hub_cache, parse_hub_name
+from charkha.data.readers import SUFFIXES
 from charkha.errors import DoesNotFit, EnvironmentProblem, UsageError
 from charkha.plan.base_checks import check_base_config
 from charkha.store import durable
@@ -72,8 +74,56 @@ def fetch_model(
     refuse_offline()
     hub = Hub(sleep)
     listing = hub.list_files(repo_id, revision)
-    files = _choose_files(hub, listing)
-    repo = hub_cache() / f"models--{repo_id.replace('/', '--')}"
+    return _fetched(hub, listing, _choose_files(hub, listing), free_bytes, progress)
+
+
+def fetch_data_set(
+    name: str,
+    *,
+    revision: str | None = None,
+    free_bytes: Callable[[Path], int] = durable.free_bytes,
+    progress: Progress = lambda name, done, total: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> FetchedModel:
+    """Fetches the files of a data set (`hub:author/name`) that can be read, as `fetch_model` does a model's.
+
+    Raises as `fetch_model`, and EnvironmentProblem for a data set without a file of a known kind.
+    """
+    hub_name = parse_hub_name(name)
+    if hub_name is None:
+        raise UsageError(f"{name!r} is no data set of a hub", remedy="write hub:author/name")
+    revision = revision or hub_name.revision
+    _check_names(hub_name.repo_id, revision)
+    refuse_offline()
+    hub = Hub(sleep)
+    listing = hub.list_files(hub_name.repo_id, revision, "dataset")
+    wanted = [file for file in listing.files if _is_data(file.name, hub_name.inside)]
+    if not wanted:
+        kinds = ", ".join(SUFFIXES)
+        raise EnvironmentProblem(
+            f"the data set has no files that are read ({kinds})",
+            where=f"{hub.endpoint}/datasets/{listing.repo_id}",
+            remedy="take another data set or --revision; many have Parquet files under refs/convert/parquet",
+        )
+    return _fetched(hub, listing, tuple(wanted), free_bytes, progress)
+
+
+def _is_data(name: str, inside: str | None) -> bool:
+    path = PurePosixPath(name)
+    kinds = path.suffixes[-2:]
+    if inside is not None and name != inside and not name.startswith(inside.rstrip("/") + "/"):
+        return False
+    return any(kind.lower() in SUFFIXES for kind in kinds) or path.name.startswith(("README", "LICENSE"))
+
+
+def _fetched(
+    hub: Hub,
+    listing: Listing,
+    files: tuple[HubFile, ...],
+    free_bytes: Callable[[Path], int],
+    progress: Progress,
+) -> FetchedModel:
+    repo = hub_cache() / f"{listing.kind}s--{listing.repo_id.replace('/', '--')}"
     with _only_here(repo), _disk_errors(repo):
         snapshot = repo / "snapshots" / listing.commit
         missing = [file for file in files if not _is_here(file, repo, snapshot, progress)]
@@ -83,13 +133,7 @@ def fetch_model(
         _show_snapshot(repo, snapshot, files)
         _record_commit(repo, listing)
     total_bytes = sum(file.size for file in files)
-    return FetchedModel(repo_id, listing.commit, snapshot, tuple(file.name for file in files), total_bytes)
-
-
-def hub_cache() -> Path:
-    """The Hugging Face cache folder, as `HF_HUB_CACHE` or `HF_HOME` say."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    return FetchedModel(listing.repo_id, listing.commit, snapshot, tuple(file.name for file in files), total_bytes)
 
 
 def _check_names(repo_id: str, revision: str) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from charkha.errors import EnvironmentProblem, UsageError
 from charkha.units import format_bytes
 
 Progress = Callable[[str, int, int], None]
+RepoKind = Literal["model", "dataset"]
 
 _PIECE_BYTES = 1 << 20
 _READ_TIMEOUT_SECONDS = 30
@@ -53,6 +54,7 @@ class Listing:
     revision: str
     commit: str
     files: tuple[HubFile, ...]
+    kind: RepoKind = "model"
 
     def file(self, name: str) -> HubFile | None:
         """The file of that name, None where the repository has none."""
@@ -70,17 +72,18 @@ class Hub:
         self._token = get_token()
         self._sleep = sleep
 
-    def list_files(self, repo_id: str, revision: str) -> Listing:
+    def list_files(self, repo_id: str, revision: str, kind: RepoKind = "model") -> Listing:
         """The files of `repo_id`, with the commit that `revision` (branch, tag or commit) stands for now."""
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self.endpoint, token=self._token)
         with self._explained(repo_id, revision):
-            info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_READ_TIMEOUT_SECONDS)
+            ask = api.model_info if kind == "model" else api.dataset_info
+            info = ask(repo_id, revision=revision, files_metadata=True, timeout=_READ_TIMEOUT_SECONDS)
         if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
             raise EnvironmentProblem("the hub names no commit", where=self.endpoint, remedy=_CHECK_ENDPOINT)
         files = tuple(_hub_file(sibling, self.endpoint) for sibling in info.siblings or [])
-        return Listing(repo_id, revision, str(info.sha), files)
+        return Listing(repo_id, revision, str(info.sha), files, kind)
 
     def read(self, listing: Listing, file: HubFile) -> bytes:
         """The bytes of a small file, unverified; raises EnvironmentProblem for one above 64 MiB."""
@@ -141,7 +144,8 @@ class Hub:
                     progress(file.name, held, file.size)
 
     def _address(self, listing: Listing, file: HubFile) -> str:
-        return f"{self.endpoint}/{listing.repo_id}/resolve/{listing.commit}/{quote(file.name)}"
+        place = listing.repo_id if listing.kind == "model" else f"datasets/{listing.repo_id}"
+        return f"{self.endpoint}/{place}/resolve/{listing.commit}/{quote(file.name)}"
 
     def _headers(self) -> dict[str, str]:
         """Identity encoding, so that sizes and ranges count the file's own bytes."""
