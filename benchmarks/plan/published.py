@@ -261,9 +261,10 @@ def _checkpointing(row: Row) -> dict[str, Any]:
     text = row["grad_checkpointing"]
     if text.startswith("not") or not text:
         raise NotExpressible("whether activations are checkpointed is not said")
+    if "selective" in text:
+        raise NotExpressible("torchtitan's selective checkpointing, of every second layer or product")
     return {
         "gradient_checkpointing": text != "none",
-        "selective": "selective" in text,
         "reentrant": "(HF)" in text or "(re-entrant)" in text,
         "hooks_keep_inputs": "(HF)" in text or "(re-entrant)" in text,
     }

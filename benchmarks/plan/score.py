@@ -223,7 +223,6 @@ _CAUSES = (
     ),
     (r"^liger-1[2-5]", "gemma-7b in the same table needs less than its fp32 shards would: held in bf16, unlike Llama"),
     (r"^liger", "padded to the longest of a batch of short rows: tokens are counted with or without padding"),
-    (r"^(titan|ao-tt)", "torchtitan's option 2 checkpoints every second layer whole; counted as its per-op policy"),
     (r"^tt-0[68]", "405B and offloaded 70B: torchtune gathers and offloads in its own order"),
     (r"^fms-a04[1-7]|^fms-a06[01]", "experts one after another, each with its own launches and a wait for the host"),
     (r"^foundry", "rows of 8,192 to 32,768 tokens with a Triton attention of 2023, slower than today's kernels"),

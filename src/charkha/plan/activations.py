@@ -68,10 +68,9 @@ def norm_bytes(architecture: Architecture, settings: MemorySettings) -> int:
 
 
 def _selectively_kept(architecture: Architecture, settings: MemorySettings) -> int:
-    """Attention's output and every second matrix product: query, value, gate and down (torchtitan's per-op policy)."""
-    kept = 2 * architecture.query_size + architecture.key_value_size
-    kept += architecture.intermediate_size + architecture.hidden_size
-    return kept * settings.positions * settings.activation_bytes
+    """What the attention kernel gives, which then need not run again: its output and a sum per row and head."""
+    row_sums = architecture.heads * FULL_BYTES
+    return settings.positions * (architecture.query_size * settings.activation_bytes + row_sums)
 
 
 def _adapter_outputs(architecture: Architecture, settings: MemorySettings) -> int:

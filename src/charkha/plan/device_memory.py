@@ -25,7 +25,7 @@ _SPLIT_SHARE = 0.7
 # gradients of whole weights are, and gathered weights of sharded layers on a stream of their own. The larger shares are
 # what published runs near the limit did not get by with; what is reserved far from it is less.
 _HOLES_FROZEN, _HOLES_TRAINED, _HOLES_SHARDED = 0.09, 0.19, 0.24
-_USUAL_HOLES = 0.05
+_USUAL_HOLES, _USUAL_HOLES_RECOMPUTED = 0.06, 0.13  # by simulating the allocator at one length, 8B to 70B
 # Where lengths vary, a longer row finds the blocks of every earlier longest row too small, and they stay reserved: in
 # published runs over two model widths, three depths and five caps about two outgrown sets lie beside the one in use.
 _OUTGROWN_SETS = 2.0
@@ -51,7 +51,9 @@ def device_memory(preview: MemoryPreview, settings: MemorySettings, limit_bytes:
         return DeviceMemory(allocated, allocated, allocated, allocated, 0, 0)
     context = CONTEXT_BYTES + (NCCL_BYTES if settings.processes > 1 else 0)
     comes_and_goes = max(0, allocated - preview.held_bytes)
-    fragmentation = int(_USUAL_HOLES * comes_and_goes)
+    recomputes = settings.gradient_checkpointing and settings.strategy != "fsdp"  # FSDP keeps what enters every layer
+    share = _USUAL_HOLES_RECOMPUTED if recomputes else _USUAL_HOLES
+    fragmentation = int(share * comes_and_goes)
     if settings.loss_head == "full":
         fragmentation += int(_SPLIT_SHARE * min(preview.layer_phase_bytes, preview.loss_phase_bytes))
     if settings.lengths_vary:

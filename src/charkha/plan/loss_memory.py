@@ -54,6 +54,8 @@ def _whole(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     if settings.is_full:
         saved += hidden + (HALF_BYTES * matrix if settings.autocast else 0)
         head_backward += settings.activation_bytes * matrix  # upcast after the logits' gradient is gone
+    elif settings.autocast and settings.base_bytes == FULL_BYTES:
+        saved += HALF_BYTES * matrix  # autocast's copy of a frozen head in fp32
     forward, backward = _LOSS_BYTES[settings.loss_kernel]
     inside = hidden if settings.loss_kernel != "own" and not settings.is_full else 0  # alive in the model's forward
     return HeadMemory(

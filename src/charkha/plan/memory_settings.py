@@ -51,7 +51,7 @@ class MemorySettings:
     upcast_unquantized: bool = False  # norms, embedding and head of a quantized base in fp32
     mixed_precision: bool = True  # autocast; False: matrix products in the type of the weights
     trained_dtype: Literal["fp32", "bf16"] = "fp32"  # of trained weights, their gradients and states
-    selective: bool = False  # with gradient_checkpointing: the outputs of attention and of every second product stay
+    selective: bool = False  # with gradient_checkpointing: what the attention kernel gives stays
     reentrant: bool = False  # torch's old checkpointing, which holds a layer's output while its gradients are taken
     loss_kernel: LossKernel = "own"  # where loss_head is full
     fused_norms: bool = False  # kernels that keep a norm's 16-bit input, not its fp32 copy

@@ -121,9 +121,7 @@ def _product_flops(architecture: Architecture, settings: MemorySettings) -> floa
     layers = architecture.layers * active_matrix_weights(architecture)
     head = architecture.vocab_size * architecture.hidden_size
     passes = 2 + (1 if settings.is_full else 0)
-    recomputed = 0.0
-    if settings.gradient_checkpointing:
-        recomputed = 0.5 if settings.selective else 1.0
+    recomputed = 1.0 if settings.gradient_checkpointing else 0.0
     adapters = sum(linear.inputs + linear.outputs for linear in adapter_targets(architecture, settings)) * settings.r
     trained = 2.0 * (3 + recomputed) * architecture.layers * adapters if settings.method in ("lora", "dora") else 0.0
     head_share = settings.loss_positions / settings.positions
