@@ -258,9 +258,11 @@ def segment_size(size: int) -> int:
 def replay(allocator: CachingAllocator, events: Iterable[int], sizes: Sequence[int]) -> None:
     """Feeds a recorded stream: +n allocates `sizes[n]` bytes as number n, -n frees it, EMPTY_CACHE empties the cache.
 
-    Numbers begin at 1. Raises OutOfDeviceMemory.
+    Numbers begin at 1; an allocation of no bytes is none. Raises OutOfDeviceMemory.
     """
     for event in events:
+        if event and not sizes[abs(event)]:
+            continue
         if event > 0:
             allocator.allocate(event, sizes[event])
         elif event < 0:

@@ -37,11 +37,11 @@ _WORKSPACE_BYTES = 4096 * 1024 * 2 + 16 * 1024 * 8
 
 
 def workspace_bytes(capability: tuple[int, int]) -> int:
-    """cuBLAS's workspace for one thread."""
+    """CuBLAS's workspace for one thread."""
     return _HOPPER_WORKSPACE_BYTES if capability in ((9, 0), (10, 0)) else _WORKSPACE_BYTES
 
 
-class CudaStandIns(TorchFunctionMode):
+class CudaStandIns(TorchFunctionMode):  # type: ignore[misc]  # its base is untyped
     """While entered, attention, dropout and autocast do on CPU tensors what they do on a GPU of `capability`."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -89,15 +89,15 @@ class CudaStandIns(TorchFunctionMode):
             made = _aten._scaled_dot_product_cudnn_attention(
                 query, key, value, bias, True, dropout_p, is_causal, False, scale=scale
             )
-            return made[0]  # type: ignore[no-any-return]
+            return made[0]
         aligned = None if bias is None else _aligned(bias, query, key)
         made = _aten._scaled_dot_product_efficient_attention(
             query, key, value, aligned, True, dropout_p, is_causal, scale=scale
         )
-        return made[0]  # type: ignore[no-any-return]
+        return made[0]
 
     def kernel(self, query: torch.Tensor, value: torch.Tensor, *, masked: bool) -> str:
-        """flash | cudnn | efficient, by select_sdp_backend: cuDNN first on Hopper and B200, flash never with a mask."""
+        """Flash | cudnn | efficient, by select_sdp_backend: cuDNN first on Hopper and B200, flash never with a mask."""
         head = query.shape[-1]
         fits = query.dtype in _HALF and head == value.shape[-1] and head <= _LARGEST_FLASH_HEAD
         if fits and self._capability in ((9, 0), (10, 0)) and head % 8 == 0:
@@ -117,7 +117,7 @@ def _flash(
     made = _aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, causal, False, scale=scale or head**-0.5
     )
-    return made[0][..., :head] if head % 8 else made[0]  # type: ignore[no-any-return]
+    return made[0][..., :head] if head % 8 else made[0]
 
 
 def _as_bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from charkha.backends.torch.allocator import (
     Pool,
 )
 
-_ADDRESS_SPACE = 2**50  # torch takes 9/8 of the device's memory; a limit is kept by the allocator, not by addresses
+# Whole pages. (torch takes 9/8 of the device's memory; here a limit is kept by counting, not by addresses.)
+_ADDRESS_SPACE = LARGE_SEGMENT * 2**24
 
 
 class ExpandableAllocator(CachingAllocator):

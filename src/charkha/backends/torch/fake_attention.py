@@ -68,7 +68,7 @@ def _planned_flash(
     attention_mask: torch.Tensor | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' flash_attention_forward: by bounds where there are any, without the padding where rows have some.
+    """Transformers' flash_attention_forward: by bounds where there are any, without the padding where rows have some.
 
     query [batch, heads, tokens, head]; attention_mask [batch, tokens] or None. Returns [batch, tokens, heads, head].
     """
@@ -78,7 +78,8 @@ def _planned_flash(
     if bounds is not None:
         return attend_by_kernel(query, key, value, scaling, window, bounds, settings["max_length_q"]), None
     if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        whole, _weights = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        return whole, None
     batch, heads, tokens, head = query.shape
     kept = attention_mask.flatten().nonzero().flatten()
     lengths = attention_mask.sum(dim=1, dtype=torch.int32)

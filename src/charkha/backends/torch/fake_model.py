@@ -7,6 +7,7 @@ something refers to weakly; bitsandbytes' parameter classes cannot wrap a fake t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from charkha.plan.base_checks import check_base_config
 
 _BLOCK = 64  # weights that share one constant in bitsandbytes' 4-bit types
 _NESTED_BLOCK = 256  # constants that share one, with double quantization
+_BRANCHED_ON = (torch.int64, torch.int32, torch.bool)
 _WHERE = "config.json"
 
 
@@ -52,14 +54,14 @@ def _skeleton(request: TraceRequest) -> Any:
         kind = quantizable_class(request.config.get("model_type"))
     full = request.adapter.method == "full"
     dtype = torch_dtype(request.trainable_dtype if full else request.dtype)
-    attention = "eager" if request.attention == "eager" else "sdpa"  # cuda_kernels.py takes sdpa's place by flash's
+    attention = "sdpa" if request.attention == "sdpa" else "eager"  # fake_attention.py then puts flash's stand-in
     try:
         values = {key: value for key, value in request.config.items() if key != "quantization_config"}
         config = CONFIG_MAPPING[request.config["model_type"]].from_dict(values)
         build = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
         with no_init_weights():
             model = build(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, ZeroDivisionError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentProblem(
             f"the installed transformers cannot build this model: {first_line}",
@@ -167,10 +169,12 @@ def _set_trained_dtype(model: Any, request: TraceRequest) -> None:
 def _checkpoint(model: Any, kind: str) -> None:
     """As TRL's trainer asks for it."""
     if kind == "selective":
-        from trl.models.utils import enable_selective_activation_checkpointing
+        from trl.models.selective_activation_checkpointing import enable_selective_activation_checkpointing
 
         enable_selective_activation_checkpointing(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable()
+    else:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 class _Conversion:
@@ -181,25 +185,26 @@ class _Conversion:
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the meta tensor is kept: its id stays its own
 
     def tensor(self, meta: torch.Tensor) -> torch.Tensor:
+        """A fake tensor; numbers of positions and masks become real zeros, since models branch on them."""
         if id(meta) not in self._made:
-            with self._fake_mode:
-                fake = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
-            self._made[id(meta)] = (fake, meta)
+            with nullcontext() if meta.dtype in _BRANCHED_ON else self._fake_mode:
+                made = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
+            self._made[id(meta)] = (made.zero_() if meta.dtype in _BRANCHED_ON else made, meta)
         return self._made[id(meta)][0]
 
     def parameter(self, meta: nn.Parameter) -> nn.Parameter:
         if id(meta) in self._made:
-            return self._made[id(meta)][0]  # type: ignore[return-value]
+            return self._made[id(meta)][0]
         with self._fake_mode:
             fake = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
             parameter = nn.Parameter(fake, requires_grad=meta.requires_grad)
         state = getattr(meta, "quant_state", None)
         if state is not None:
             self.attributes(state)
-            parameter.quant_state = state  # type: ignore[attr-defined]
-            parameter.bnb_quantized = True  # type: ignore[attr-defined]
+            parameter.quant_state = state
+            parameter.bnb_quantized = True
         if hasattr(meta, "CB"):
-            parameter.CB = parameter.SCB = None  # type: ignore[attr-defined]
+            parameter.CB = parameter.SCB = None
         self._made[id(meta)] = (parameter, meta)
         return parameter
 
@@ -208,6 +213,8 @@ class _Conversion:
         for name, value in list(vars(owner).items()):
             if isinstance(value, torch.Tensor) and value.is_meta:
                 setattr(owner, name, self.tensor(value))
+            elif name == "prompt_tokens":  # PEFT's, by name of the adapter
+                owner.prompt_tokens = {adapter: self.tensor(tokens) for adapter, tokens in value.items()}
         nested = getattr(owner, "state2", None)
         if nested is not None:
             self.attributes(nested)
@@ -223,21 +230,19 @@ def _materialize(model: nn.Module, fake_mode: Any) -> None:
             if buffer is not None:
                 module._buffers[name] = conversion.tensor(buffer)
         conversion.attributes(module)
-        state = getattr(module, "state", None)
-        if type(state).__name__ == "MatmulLtState":
-            state.CB = module.weight.data
-            state.SCB = conversion.tensor(state.SCB)
+        if _is_int8(module):
+            state: Any = module.state
+            state.CB, state.SCB = module.weight.data, conversion.tensor(state.SCB)
 
 
 def weight_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
     """(kind, tensor) of everything the model holds before the first step, in the order of its modules."""
     held: list[tuple[str, torch.Tensor]] = []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         trained = parameter.requires_grad and hasattr(model, "peft_config")
         held.append(("adapter_weights" if trained else "base_weights", parameter.data))
         for state in _states(getattr(parameter, "quant_state", None)):
             held += [("base_weights", value) for value in vars(state).values() if isinstance(value, torch.Tensor)]
-        del name
     held += [("base_weights", buffer) for buffer in model.buffers()]
     scales = (getattr(module.state, "SCB", None) for module in model.modules() if _is_int8(module))
     held += [("base_weights", scale) for scale in scales if scale is not None]

@@ -31,7 +31,7 @@ STEPS = 2  # from the second on, optimizer states exist
 _MICRO_BATCHES = 2
 
 
-def run_steps(model: Any, request: TraceRequest, recorder: Recorder, fake_mode: Any) -> int:
+def run_steps(model: Any, request: TraceRequest, recorder: Recorder) -> int:
     """Records the model as it is loaded and two optimizer steps; returns how many parameters are trained."""
     gc.collect()
     one_row = use_planned_attention(model, request)
@@ -164,7 +164,7 @@ def _hold_weights(model: Any, request: TraceRequest, recorder: Recorder) -> None
 
 
 def _autocast(model: Any, request: TraceRequest) -> None:
-    """accelerate's prepare_model for mixed precision: autocast around forward, and an answer in fp32."""
+    """Accelerate's prepare_model for mixed precision: autocast around forward, and an answer in fp32."""
     if request.dtype == "fp32":
         return
     from accelerate.utils.operations import convert_outputs_to_fp32
@@ -205,4 +205,3 @@ def _name_gradients(recorder: Recorder, trained: list[nn.Parameter]) -> None:
 def _state_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
     for entries in optimizer.state.values():
         yield from (value for value in entries.values() if isinstance(value, torch.Tensor))
-

@@ -1,9 +1,9 @@
 """Every storage's birth and death in a training step that runs on fake tensors, in order, with its bytes and its kind.
 
-Floating-point tensors are fake: shapes without memory or arithmetic. Integers and booleans (ids, masks, positions,
-routes) are real wherever they do not depend on a fake number, because models branch on them: whether a mask hides
-anything, how many tokens are trained, which expert gets a token. So code that asks "is this tensor being traced?" finds
-an ordinary one and takes the way it takes in a run.
+Weights and what is computed from them are fake: shapes without memory or arithmetic. Everything else (ids, masks,
+positions, routes, small constants) is real, because models branch on it: whether a mask hides anything, how many tokens
+are trained, which expert gets a token. So code that asks "is this tensor being traced?" finds an ordinary one and takes
+the way it takes in a run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _LARGEST_REAL_BYTES = 64 << 20  # of an integer tensor; a larger one (a mask of very long rows) is fake too
+_LARGEST_CONSTANT_BYTES = 64 << 10  # of a new floating-point tensor: PEFT joins a float mask to one of integers
 _UNSIZED = (DataDependentOutputException, DynamicOutputShapeException)
 _PRIM_DEVICE = torch.ops.prim.device.default
 
@@ -119,16 +120,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]  # its base is untyped
         return self._run_on_real(func, args, kwargs, bool(given))
 
     def _run_on_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], has_inputs: bool) -> Any:
-        """Real where the result is small enough to be; new floating-point tensors are always fake."""
+        """Real where the result is small enough to be."""
         try:
             with self._fake_mode:
                 shown = func(*args, **kwargs)
         except _UNSIZED:
             return func(*args, **kwargs)
         made = list(_tensors(shown))
-        if sum(tensor.numel() * tensor.element_size() for tensor in made) > _LARGEST_REAL_BYTES:
-            return shown
-        if not has_inputs and any(tensor.is_floating_point() for tensor in made):
+        size = sum(tensor.numel() * tensor.element_size() for tensor in made)
+        is_new = not has_inputs and any(tensor.is_floating_point() for tensor in made)
+        if size > (_LARGEST_CONSTANT_BYTES if is_new else _LARGEST_REAL_BYTES):
             return shown
         return func(*args, **kwargs)
 

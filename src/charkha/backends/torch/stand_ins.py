@@ -29,7 +29,7 @@ def _some_number(fake_mode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _no_outliers(fake_mode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """bitsandbytes' int8 rows, their scales, and no column of outliers."""
+    """Bitsandbytes' int8 rows, their scales, and no column of outliers."""
     activations = args[0]
     with fake_mode:
         rows = torch.empty(activations.shape, dtype=torch.int8)
@@ -44,8 +44,20 @@ def _int8_product(fake_mode: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return torch.empty((*rows.shape[:-1], weight.shape[0]), dtype=activations.dtype), None
 
 
+def _grouped_product(fake_mode: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All experts' products at once. torch's shape function knows bf16 only; its kernels know every type."""
+    first, second, *rest = args
+    with fake_mode:
+        made = _aten._grouped_mm.default(first.bfloat16(), second.bfloat16(), *rest, **kwargs)
+        return torch.empty_strided(made.shape, made.stride(), dtype=first.dtype)
+
+
 def _stand_ins() -> dict[Any, Any]:
-    table = {_aten.topk.default: _even_topk, _aten._local_scalar_dense.default: _some_number}
+    table = {
+        _aten.topk.default: _even_topk,
+        _aten._local_scalar_dense.default: _some_number,
+        _aten._grouped_mm.default: _grouped_product,
+    }
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

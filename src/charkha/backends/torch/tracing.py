@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,7 +26,7 @@ def trace_step(request: TraceRequest) -> TraceResult:
     on_gpu = request.device == "cuda"
     recorder = Recorder(fake_mode, cuda_temporaries if on_gpu else cpu_temporaries, STAND_INS)
     model = build_fake_model(request, fake_mode)
-    trained = run_steps(model, request, recorder, fake_mode)
+    trained = run_steps(model, request, recorder)
     peak = find_peak(recorder, rounded=on_gpu)
     reserved, fits = _reserve(request, recorder) if on_gpu else (peak.allocated_bytes, None)
     return TraceResult(
@@ -71,5 +69,3 @@ def _notes(request: TraceRequest) -> tuple[str, ...]:
 
 def _dotted(request: TraceRequest) -> str:
     return ".".join(str(part) for part in request.compute_capability)
-
-
