@@ -122,7 +122,8 @@ def require_same_record(family: str, checkpointing: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(fake_step, "STEPS", 1)
     model = FAMILIES[family]
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    settings = {**SHAPES["1M"], **tokens, "vocab_size": 128, **model.settings, "num_hidden_layers": 2}
+    layers = 2 if "sliding_window" in model.settings else 1  # one of each kind
+    settings = {**SHAPES["1M"], **tokens, "vocab_size": 128, **model.settings, "num_hidden_layers": layers}
     config = json.loads(AutoConfig.for_model(model.model_type, **settings).to_json_string())
     run = PlannedRun(dtype="fp32", lengths=(24, 24, 9))
     attention = "eager" if model.model_type == "gemma2" else "sdpa"
@@ -139,7 +140,7 @@ def require_same_record(family: str, checkpointing: str, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def on_a_gpu(bases) -> TraceRequest:
     """A small QLoRA run as it would be on an L40S; `lengths` make a mask necessary."""
-    run = PlannedRun(quantization="nf4", lengths=(96, 60))
+    run = PlannedRun(quantization="nf4", lengths=(96, 60), settings={"num_hidden_layers": 1})
     return run.request(run.base(bases), device="cuda", compute_capability=(8, 9), optimizer="adamw_torch")
 
 
