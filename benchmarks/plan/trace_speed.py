@@ -1,6 +1,6 @@
 """How long a memory trace takes, and how much host memory, on one core: 8B and 70B shapes, no weights needed.
 
-Run: python benchmarks/plan/trace_speed.py [--only 8B]      (about 5 minutes)
+Run: python benchmarks/plan/trace_speed.py [--only 8B]      (about 4 minutes)
 
 Each trace is a child process of its own with one thread, as `trace_memory` starts it, without its cache. Every layer is
 traced: that layers repeat is not used, because which block of the allocator a layer gets depends on all before it.
@@ -33,7 +33,7 @@ LLAMA_3 = {
     "max_position_embeddings": 131072, "rope_theta": 500000.0, "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001,
 }  # fmt: skip
-LIMIT_SECONDS = {"8B": 30, "70B": 90}
+LIMIT_SECONDS = {"8B": 30, "70B": 90}  # of CPU time, for one micro batch a step
 LIMIT_BYTES = 10**9
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,6 +173,17 @@ def test_attention_takes_the_kernel_that_torch_would_choose_on_that_gpu(capabili
     assert CudaStandIns(capability).kernel(query, query, masked=masked) == kernel
 
 
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+def test_adapters_on_a_planned_gpu_take_their_input_in_16_bits(on_a_gpu, quantization):
+    """PEFT asks CUDA's autocast and casts to fp32 on a CPU; padding needs no mask with FlashAttention."""
+    result = trace_here(
+        dataclasses.replace(on_a_gpu, quantization=quantization, attention="flash_attention_2", max_grad_norm=0.0)
+    )
+    on_cpu = trace_here(dataclasses.replace(on_a_gpu, quantization=quantization, device="cpu"))
+    assert result.breakdown["activations"] < on_cpu.breakdown["activations"]
+    assert on_cpu.breakdown["base_weights"] == pytest.approx(result.breakdown["base_weights"], rel=0.02)
+
+
 def test_flash_attentions_backward_pass_needs_sums_in_fp32_and_keys_for_every_query_head():
     grad, query, key = torch.empty(1, 8, 100, 64), torch.empty(1, 8, 100, 64).half(), torch.empty(1, 2, 100, 64).half()
     operator = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
@@ -180,12 +192,24 @@ def test_flash_attentions_backward_pass_needs_sums_in_fp32_and_keys_for_every_qu
     assert taken == [4 * rows, 4 * rows * 64, 2 * 8 * 100 * 64, 2 * 8 * 100 * 64]
 
 
-def test_a_trace_in_a_child_process_is_remembered_by_content(on_a_gpu, tmp_path, monkeypatch):
+def test_a_trace_is_remembered_by_content(on_a_gpu, tmp_path, monkeypatch):
+    def run_in_this_process(command: list[str], **settings: object) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "charkha.backends.torch.trace"]
+        return subprocess.CompletedProcess(command, trace.main(command[3:]), "", "")
+
+    monkeypatch.setattr(subprocess, "run", run_in_this_process)
     first = trace.trace_memory(on_a_gpu, cache=tmp_path)
-    monkeypatch.setattr(sys, "executable", "/nonexistent")  # a second child could not start
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "executable", "/nonexistent")  # a child could not start
     assert trace.trace_memory(on_a_gpu, cache=tmp_path) == first
     with pytest.raises(OSError, match="nonexistent"):
         trace.trace_memory(dataclasses.replace(on_a_gpu, max_grad_norm=0.0), cache=tmp_path)
+
+
+@pytest.mark.long
+def test_a_trace_in_a_child_process_is_that_of_this_process(on_a_gpu, tmp_path):
+    in_child = trace.trace_memory(on_a_gpu, cache=tmp_path)
+    assert dataclasses.replace(in_child, seconds=0.0) == dataclasses.replace(trace_here(on_a_gpu), seconds=0.0)
 
 
 def test_a_request_survives_its_json(on_a_gpu):

@@ -11,7 +11,9 @@ token), cuBLAS's own allocations beyond its workspace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +41,38 @@ _WORKSPACE_BYTES = 4096 * 1024 * 2 + 16 * 1024 * 8
 def workspace_bytes(capability: tuple[int, int]) -> int:
     """CuBLAS's workspace for one thread."""
     return _HOPPER_WORKSPACE_BYTES if capability in ((9, 0), (10, 0)) else _WORKSPACE_BYTES
+
+
+@contextmanager
+def cuda_autocast_shown(dtype: torch.dtype) -> Iterator[None]:
+    """While entered, torch.is_autocast_enabled(), which asks about CUDA, says yes.
+
+    PEFT's adapters on quantized layers ask it and do not cast their input to fp32 then. CPU tensors are not affected.
+    """
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def use_cuda_int8(model: nn.Module) -> None:
+    """Has bitsandbytes' int8 layers multiply in int8, as on a GPU; for CPU tensors it would unpack the weight."""
+    for module in model.modules():
+        if type(getattr(module, "state", None)).__name__ == "MatmulLtState":
+            module.forward = partial(_int8_forward, module)
+
+
+def _int8_forward(module: Any, activations: torch.Tensor) -> torch.Tensor:
+    """Linear8bitLt.forward without the choice by device in bitsandbytes.matmul."""
+    from bitsandbytes.autograd._functions import MatMul8bitLt
+
+    module.state.is_training = module.training
+    out: torch.Tensor = MatMul8bitLt.apply(activations, module.weight, None, module.bias, module.state)
+    return out
 
 
 class CudaStandIns(TorchFunctionMode):  # type: ignore[misc]  # its base is untyped

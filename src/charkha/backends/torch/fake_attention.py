@@ -23,7 +23,7 @@ from charkha.backends.torch.document_attention import (
 )
 from charkha.plan.packing_support import BY_MASK
 
-_FLASH = "charkha_planned_flash"
+_FLASH = "charkha_planned_kernel"  # transformers looks for a package behind any name with "flash" in it
 _DOCUMENTS = "charkha_planned_documents"
 
 

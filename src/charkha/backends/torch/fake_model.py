@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from charkha.backends.base import TraceRequest
 from charkha.backends.torch.adapters import attach_adapter
@@ -177,6 +178,11 @@ def _checkpoint(model: Any, kind: str) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
+# PEFT tells packed weights by the names of their classes, which cannot wrap a fake tensor.
+_Params4bit = type("Params4bit", (FakeTensor,), {})
+_Int8Params = type("Int8Params", (FakeTensor,), {})
+
+
 class _Conversion:
     """Fake tensors for meta ones, the same for the same, so that tied weights stay tied."""
 
@@ -201,10 +207,11 @@ class _Conversion:
         state = getattr(meta, "quant_state", None)
         if state is not None:
             self.attributes(state)
-            parameter.quant_state = state
-            parameter.bnb_quantized = True
+            parameter.quant_state, parameter.bnb_quantized = state, True
+            parameter.__class__ = _Params4bit
         if hasattr(meta, "CB"):
             parameter.CB = parameter.SCB = None
+            parameter.__class__ = _Int8Params
         self._made[id(meta)] = (parameter, meta)
         return parameter
 

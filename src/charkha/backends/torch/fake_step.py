@@ -18,7 +18,12 @@ from torch.autograd.graph import _engine_run_backward
 
 from charkha.backends.base import TraceRequest
 from charkha.backends.torch.batches import IGNORED
-from charkha.backends.torch.cuda_kernels import CudaStandIns, workspace_bytes
+from charkha.backends.torch.cuda_kernels import (
+    CudaStandIns,
+    cuda_autocast_shown,
+    use_cuda_int8,
+    workspace_bytes,
+)
 from charkha.backends.torch.fake_attention import use_planned_attention
 from charkha.backends.torch.fake_model import weight_tensors
 from charkha.backends.torch.fake_optimizer import make_optimizer, paged_states
@@ -43,6 +48,9 @@ def run_steps(model: Any, request: TraceRequest, recorder: Recorder) -> int:
     with ExitStack() as stack:
         _mark_head(model, recorder, stack)
         if request.device == "cuda":
+            use_cuda_int8(model)
+            if request.dtype != "fp32":
+                stack.enter_context(cuda_autocast_shown(torch_dtype(request.dtype)))
             stack.enter_context(CudaStandIns(request.compute_capability))
         stack.enter_context(recorder)
         step = _Step(model, request, recorder, way, one_row)

@@ -28,6 +28,7 @@ from charkha.backends.base import AdapterSpec, TraceRequest, TraceResult
 from charkha.errors import CharkhaError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger(__name__)
+_PROGRAM = "charkha.backends.torch.trace"
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 _ERRORS = {kind.exit_code: kind for kind in (CharkhaError, UsageError, EnvironmentProblem)}
 
@@ -45,7 +46,7 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
         asked, answer = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(dataclasses.asdict(request)), encoding="utf-8")
         child = subprocess.run(
-            [sys.executable, "-m", __name__, str(asked), str(answer)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", _PROGRAM, str(asked), str(answer)], capture_output=True, text=True, check=False
         )
         if not answer.exists():
             said = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
@@ -116,7 +117,6 @@ def result_from_json(values: dict[str, Any]) -> TraceResult:
 def main(arguments: list[str]) -> int:
     """The child process; its exit code."""
     asked, answer = (Path(argument) for argument in arguments)
-    logging.disable(logging.WARNING)
     try:
         result = dataclasses.asdict(trace_here(request_from_json(json.loads(asked.read_text(encoding="utf-8")))))
         code = 0
@@ -155,4 +155,5 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of this process: its stderr is read by the parent for a last word
     sys.exit(main(sys.argv[1:]))
