@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matrix_cells import FAMILIES, LAYOUTS, METHODS, QUANTIZATIONS, RECORD, ROOT, WORKS, layout_name, run_cell
+from matrix_cells import LAYOUTS, METHODS, QUANTIZATIONS, RECORD, ROOT, WORKS, layout_name, run_cell
+
+from families import FAMILIES
 
 MakeProject = Callable[..., Any]
 

@@ -120,6 +120,60 @@ class TrainOutcome:
     quantized_modules: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TraceRequest:
+    """Everything that decides how much memory one training step needs; nothing in it is `auto`.
+
+    `config` is the content of config.json. Every micro batch has `micro_batch_size` rows of `sequence_length` tokens;
+    `row_lengths` says otherwise (shorter rows are padded to the longest, which then must be `sequence_length`).
+    With `document_lengths` rows are packed: each holds documents of these lengths.
+    """
+
+    config: dict[str, Any]
+    adapter: AdapterSpec
+    micro_batch_size: int
+    sequence_length: int
+    dtype: Dtype = "bf16"
+    attention: str = "sdpa"  # sdpa | eager | flash_attention_2
+    quantization: str = "none"  # none | nf4 | fp4 | int8
+    double_quantization: bool = True
+    upcast_unquantized: bool = False  # norms, embeddings and head in fp32 beside a quantized base
+    trainable_dtype: Dtype = "fp32"  # of trained weights, their gradients and optimizer states
+    row_lengths: tuple[int, ...] = ()
+    document_lengths: tuple[int, ...] = ()
+    trained_tokens_per_row: int | None = None  # the last ones of each row; None: all
+    accumulation_steps: int = 1
+    gradient_checkpointing: Literal["none", "full", "selective"] = "none"
+    loss_head: str = "full"  # full | chunked
+    optimizer: str = "adamw_torch_fused"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    device: Literal["cuda", "cpu"] = "cuda"
+    compute_capability: tuple[int, int] = (8, 9)  # decides between attention kernels, and cuBLAS's workspace
+    expandable_segments: bool = False
+    device_limit_bytes: int | None = None  # of what may be reserved; free segments are given back when it is met
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """Peak memory of two optimizer steps. `breakdown` sums to `peak_allocated_bytes`, largest first.
+
+    On a CPU nothing is reserved beyond what is allocated. `fits` is None without a `device_limit_bytes`; when it is
+    False, the peaks are those up to the allocation that found no room.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    breakdown: dict[str, int]
+    peak_moment: str
+    between_steps_bytes: int  # allocated after the last optimizer step
+    fits: bool | None
+    trainable_parameters: int
+    operators: int
+    seconds: float  # that the trace took; of the first time when it comes from the cache
+    notes: tuple[str, ...]
+
+
 class Recorder(Protocol):
     """Takes events as they happen: `recorder("step", step=1, loss=...)`; see events.py for the vocabulary."""
 

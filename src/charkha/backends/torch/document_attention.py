@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "charkha_documents"
-_LARGEST_HEAD = 256  # of FlashAttention's kernels
+LARGEST_HEAD = 256  # of FlashAttention's kernels
 _AMPERE = (8, 0)
 
 
@@ -69,7 +69,7 @@ def documents_attention(
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if dropout == 0.0 and _has_kernel(query, value):
-        return _by_kernel(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
+        return attend_by_kernel(query, key, value, scaling, sliding_window, cu_seq_lens_q, int(max_length_q or 0)), None
     parts = []
     # On a GPU without the kernel this waits for the device, once a layer.
     for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
@@ -84,14 +84,14 @@ def _has_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
     return bool(
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= _LARGEST_HEAD
+        and query.shape[-1] <= LARGEST_HEAD
         and query.shape[-1] % 8 == 0
         and query.shape[-1] == value.shape[-1]
         and torch.cuda.get_device_capability(query.device) >= _AMPERE
     )
 
 
-def _by_kernel(
+def attend_by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -127,7 +127,7 @@ def _window_mask(tokens: int, sliding_window: int | None, device: torch.device) 
     return ((back >= 0) & (back < sliding_window))[None, None]
 
 
-def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **rest: Any) -> torch.Tensor | None:
+def document_mask(*args: Any, attention_mask: torch.Tensor | None = None, **rest: Any) -> torch.Tensor | None:
     """No mask for packed rows, the only ones that come without one: theirs would be of the row's square."""
     if attention_mask is None:
         return None
@@ -135,4 +135,4 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **rest: Any) -
 
 
 AttentionInterface.register(NAME, documents_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, document_mask)

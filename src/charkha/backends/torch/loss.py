@@ -14,6 +14,7 @@ start finds them, and they take `full`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +24,18 @@ from charkha.backends.torch.batches import IGNORED
 _CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
 
 
-def choose_loss(model: Any, wanted: str) -> str:
-    """`own`, `full` or `chunked` for this model; `wanted` is the config's training.loss_head."""
+def choose_loss(model: Any, wanted: str, head_alone: Callable[[Any], bool] | None = None) -> str:
+    """`own`, `full` or `chunked` for this model; `wanted` is the config's training.loss_head.
+
+    `head_alone` answers whether the head alone makes the logits, where the model cannot be tried.
+    """
     causal = causal_model(model)
     config = causal.config.get_text_config()
     if _has_virtual_tokens(model) or hasattr(config, "router_aux_loss_coef"):
         return "own"
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return "own"
-    return "chunked" if wanted == "chunked" and _head_alone_makes_logits(causal) else "full"
+    return "chunked" if wanted == "chunked" and (head_alone or _head_alone_makes_logits)(causal) else "full"
 
 
 def _head_alone_makes_logits(causal: Any) -> bool:

@@ -114,6 +114,16 @@ def _model_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         if parameter.grad is not None:
             yield parameter.grad
         yield from _quantization_constants(parameter)
+    for module in model.modules():
+        yield from _int8_scales(module)
+
+
+def _int8_scales(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A number a row, which bitsandbytes keeps beside the weight until the first forward pass, then in a state."""
+    for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
+        scales = getattr(holder, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            yield scales
 
 
 def _quantization_constants(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
