@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
 from charkha.data.shards import Shard
 from charkha.errors import CharkhaError
-from charkha.plan.architecture import read_architecture
+from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.packing_support import BY_MASK
+from charkha.plan.weights import nf4_bytes
 from charkha.units import format_bytes
 
 _TERMS_SHOWN = 4
@@ -80,9 +81,42 @@ def preview(
         padded=False if plan.packing is not None and config.get("model_type") not in BY_MASK else None,
     )
     try:
-        return Preview(preview_memory(read_architecture(config), settings), None)
+        architecture = read_architecture(config)
+        memory = preview_memory(architecture, settings)
+        if base.streaming is not None:
+            memory = _streamed(memory, architecture, settings, base.streaming)
+        return Preview(memory, None)
     except CharkhaError as error:
         return Preview(None, error.message)
+
+
+_CODES_BYTES = 4 * (16 + 256)  # which nf4_bytes counts for every matrix; streamed layers share them
+
+
+def _streamed(
+    memory: MemoryPreview, architecture: Architecture, settings: MemorySettings, streaming: Streaming
+) -> MemoryPreview:
+    """The same step with `streaming.slots` and the hot layers on the device in the place of all layers."""
+    matrices = [linear.weights for linear in architecture.linears]
+    if settings.quantization == "nf4":
+        resident = sum(nf4_bytes(count) for count in matrices)
+        moving = resident - _CODES_BYTES * len(matrices)
+    else:
+        resident = moving = settings.residual_bytes * sum(matrices)
+    held = min(streaming.slots + streaming.hot_layers, architecture.layers)
+    saved = architecture.layers * resident - held * moving
+    breakdown = {**memory.breakdown, "base_weights": memory.breakdown["base_weights"] - saved}
+    waiting = format_bytes(architecture.layers * moving)
+    return replace(
+        memory,
+        peak_bytes=memory.peak_bytes - saved,
+        breakdown=dict(sorted(breakdown.items(), key=lambda term: -term[1])),
+        moments={name: size - saved for name, size in memory.moments.items()},
+        notes=(
+            *memory.notes,
+            f"{held} layers of the base are on the device at once; all of them, {waiting}, wait beside",
+        ),
+    )
 
 
 def _trained_positions(shard: Shard, plan: StepPlan) -> int:

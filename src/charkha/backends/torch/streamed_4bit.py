@@ -25,7 +25,7 @@ class StreamedLinear4bit(Streamed, bitsandbytes.nn.Linear4bit):  # type: ignore[
         state = bnb.QuantState(
             absmax=parts["absmax"],
             shape=torch.Size((self.out_features, self.in_features)),
-            code=bnb.get_4bit_type(self.four_bit_type, device=device),
+            code=_code(self.four_bit_type, device),
             blocksize=BLOCK_SIZE,
             quant_type=self.four_bit_type,
             dtype=self.compute_dtype,
@@ -76,6 +76,13 @@ class _Product4bit(torch.autograd.Function):  # type: ignore[misc]  # torch is n
         result = torch.matmul(grad, whole)
         require_still_there(ctx.module)
         return result, None, None
+
+
+@cache
+def _code(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values that 4 bits stand for; one tensor for all layers."""
+    code: torch.Tensor = bnb.get_4bit_type(quant_type, device=device)
+    return code
 
 
 @cache

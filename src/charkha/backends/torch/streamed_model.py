@@ -45,7 +45,7 @@ def require_streamable(skeleton: PreTrainedModel, base: BaseModelSpec, adapter: 
     if not layers:
         raise _refused("this architecture has no layers that transformers checkpoints", "use resident")
     _require_plain_layers(layers)
-    streamed = {f"{layer}.{name}" for layer, module in layers for name in streamed_names(module)}
+    streamed = [f"{layer}.{name}" for layer, module in layers for name in streamed_names(module)]
     for wanted in adapter.modules_to_save:
         inside = [name for name in streamed if f".{wanted}." in f".{name}."]
         if inside:
@@ -109,12 +109,15 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 def _require_plain_layers(layers: list[tuple[str, torch.nn.Module]]) -> None:
     """Whatever is large and no plain linear layer would stay on the device unsaid."""
-    for layer, module in layers:
-        plain = {f"{name}.weight" for name in streamed_names(module)}
-        for name, parameter in module.named_parameters():
-            if name not in plain and parameter.dim() >= 2:
-                kind = "expert weights in one 3-D tensor" if parameter.dim() == 3 else "no plain linear layer"
-                raise _refused(f"{layer}.{name} is {kind}, which is not streamed yet", "use resident")
+    others = [
+        (f"{layer}.{name}", parameter.dim())
+        for layer, module in layers
+        for name, parameter in module.named_parameters()
+        if parameter.dim() >= 2 and name.removesuffix(".weight") not in streamed_names(module)
+    ]
+    for name, dimensions in sorted(others, key=lambda other: -other[1]):
+        kind = "expert weights in one 3-D tensor" if dimensions == 3 else "no plain linear layer"
+        raise _refused(f"{name} is {kind}, which is not streamed yet", "use resident")
 
 
 def _streamed_class(base: BaseModelSpec, stand_in: Any) -> Any:
