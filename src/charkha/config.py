@@ -49,7 +49,11 @@ class ModelSection(Section):
     upcast_unquantized: Literal["auto"] | bool = Field(
         "auto", description="Norms, embeddings and head in fp32 beside a quantized base."
     )
-    placement: Literal["auto", "resident", "streamed"] = Field("auto", description="Where the base weights live.")
+    placement: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="resident holds the base on the device; streamed brings its layers one by one from host RAM or "
+        "disk, forward and again backward.",
+    )
 
 
 class AdapterSection(Section):
@@ -364,7 +368,6 @@ class Config(Section):
 # Values of the schema that this version does not carry out yet: key -> values that it does. A value that would be
 # ignored is refused, because a run that silently does something else is worse than one that does not start.
 CARRIED_OUT: dict[str, tuple[object, ...]] = {
-    "model.placement": ("auto", "resident"),
     "model.upcast_unquantized": ("auto", False),
     "data.format": ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "oasst", "text"),
     "training.objective": ("sft",),

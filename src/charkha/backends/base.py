@@ -15,6 +15,15 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
+class Streaming:
+    """How a frozen base passes through the device layer by layer; see backends/torch/streaming.py."""
+
+    slots: int = 2  # buffers of one layer each that the other layers take turns in
+    hot_layers: int = 0  # the first layers stay on the device, as many as fit
+    tier: Literal["auto", "ram", "disk"] = "auto"  # where the layers wait; a CPU always reads them from the disk
+
+
+@dataclass(frozen=True)
 class BaseModelSpec:
     """A base model as it is to be held in memory; nothing in it is `auto` any more."""
 
@@ -23,6 +32,7 @@ class BaseModelSpec:
     attention: str
     quantization: str  # none | nf4 | fp4 | int8
     device: str  # cpu | cuda | mps
+    streaming: Streaming | None = None  # None: the whole base is held on the device
 
 
 @dataclass(frozen=True)

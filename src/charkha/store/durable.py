@@ -50,6 +50,10 @@ class Disk:
         """A new name; a file that has it already is replaced."""
         os.replace(source, target)
 
+    def cut(self, path: Path, size: int) -> None:
+        """Drops the file's bytes beyond `size`."""
+        os.truncate(path, size)
+
     def unlink(self, path: Path) -> None:
         """Removes a file."""
         path.unlink()
@@ -122,6 +126,16 @@ def append(path: Path, data: Bytes) -> None:
     """Adds `data` at the end of a file, given to the system but not yet to the disk: see `sync_file`."""
     with path.open("ab", buffering=0) as file:
         _disk.write(file, data)
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Drops what stands in a file beyond its first `size` bytes; an empty file where there was none."""
+    if not path.exists():
+        write_file(path, [])
+        _disk.sync_folder(path.parent)
+    if path.stat().st_size > size:
+        _disk.cut(path, size)
+        sync_file(path)
 
 
 def sync_file(path: Path) -> None:

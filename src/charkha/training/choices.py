@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan
+from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan, Streaming
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem, EnvironmentProblem
 from charkha.optimizers import BITSANDBYTES_OPTIMIZERS
@@ -110,6 +110,13 @@ class Chooser:
             raise _refused("adapter.method", "full", f"the base's files are stored in {stored}", "lora")
         return self._choose("model.quantization", stored, f"the base's files are stored in {stored}")
 
+    def streaming(self) -> Streaming | None:
+        """How the base is streamed; None where it is resident. How many layers stay is for a planner to say: none."""
+        asked = self._config.model.placement
+        if asked == "auto":
+            self._choose("model.placement", "resident", "the whole base is held on the device")
+        return Streaming() if asked == "streamed" else None
+
     def _flash_attention_missing(self, dtype: str) -> str | None:
         """Why FlashAttention 2 cannot be used here; None when it can (Ampere or newer, 16-bit types, package)."""
         if self._facts.device != "cuda":
@@ -188,6 +195,8 @@ class Chooser:
 
     def gradient_checkpointing(self, longest_row: int, parameters: int) -> bool:
         asked = self._config.training.gradient_checkpointing
+        if self._config.model.placement == "streamed":
+            return self._checkpointing_of_streamed(asked)
         if asked in ("full", True):
             return True
         if asked in ("none", False):
@@ -195,6 +204,14 @@ class Chooser:
         wanted = parameters >= 500_000_000 or longest_row > 2048
         reason = "a large base or long rows" if wanted else "a base under 0.5 B parameters and rows up to 2048 tokens"
         return self._choose("training.gradient_checkpointing", "full" if wanted else "none", reason) == "full"
+
+    def _checkpointing_of_streamed(self, asked: str | bool) -> bool:
+        if asked in ("none", False):
+            reason = "a streamed base brings each layer back for the backward pass, which begins by running it again"
+            raise _refused("training.gradient_checkpointing", asked, reason, "full")
+        if asked == "auto":
+            self._choose("training.gradient_checkpointing", "full", "a streamed base runs each layer twice")
+        return True
 
     def loss_head(self, micro_batch_size: int, longest_row: int, vocabulary: int) -> str:
         asked = self._config.training.loss_head
@@ -222,7 +239,6 @@ class Chooser:
     def simple_defaults(self) -> None:
         """Keys whose `auto` has one answer in this version."""
         for key, value, reason in (
-            ("model.placement", "resident", "the whole base is held on the device"),
             ("model.upcast_unquantized", False, "norms, embeddings and head stay in model.dtype"),
             ("training.fused_kernels", "none", "only the kernels of torch"),
         ):

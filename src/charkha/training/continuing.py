@@ -6,12 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from charkha.backends.torch.tensor_files import base_fingerprint
 from charkha.config_file import load_config
 from charkha.errors import RunDamaged, RunOfAnotherConfig
 from charkha.hardware.probe import probe_host
 from charkha.store.checkpoints import Checkpoint, CheckpointStore
 from charkha.training.opening import Observer, Session
-from charkha.training.provenance import base_fingerprint, package_versions
+from charkha.training.provenance import package_versions
 
 # Changing these does not change which weights come out, so a run may go on with other values.
 _FREE_KEYS = ("checkpoint", "guard", "cost", "report_to", "output")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
@@ -52,6 +52,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock."""
     from charkha.backends.torch.model import read_base_config
     from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
+    from charkha.backends.torch.streamed_model import require_streamable
 
     config = loaded.config
     require_trackers(config.report_to)
@@ -64,8 +65,10 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     attention = chooser.attention(dtype, attention_kernels(skeleton))
     quantization = chooser.quantization(about_base.stored_quantization)
     processes = chooser.processes()
-    base = BaseModelSpec(base_folder, dtype, attention, quantization, facts.device)
+    base = BaseModelSpec(base_folder, dtype, attention, quantization, facts.device, chooser.streaming())
     adapter = adapter_spec(config)
+    if base.streaming is not None:
+        require_streamable(skeleton, base, adapter, processes)
     require_fit(skeleton, base, adapter)
     max_length = chooser.max_length(about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
@@ -195,5 +198,6 @@ def reopen(run: RunFolder) -> tuple[Config, BaseModelSpec, PreparedData]:
     if facts.device != "cuda":
         dtype = "fp32" if dtype == "fp16" else dtype
         attention = "sdpa" if attention == "flash_attention_2" else attention
-    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, facts.device)
-    return config, replace(base), open_prepared(run.read_manifest()["data"], run.data, base_folder)
+    streaming = Streaming() if config.model.placement == "streamed" else None
+    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, facts.device, streaming)
+    return config, base, open_prepared(run.read_manifest()["data"], run.data, base_folder)

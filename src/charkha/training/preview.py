@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
 from charkha.data.shards import Shard
 from charkha.errors import CharkhaError
-from charkha.plan.architecture import read_architecture
+from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings, Method
 from charkha.plan.packing_support import BY_MASK
+from charkha.plan.weights import nf4_bytes
 from charkha.units import format_bytes
 
 _TERMS_SHOWN = 4
@@ -89,7 +90,39 @@ def preview(
         return Preview(None, error.message)
     if architecture.learned_positions:
         return Preview(None, f"the dropout and activation function of {architecture.model_type} are not counted yet")
-    return Preview(preview_memory(architecture, settings), None)
+    memory = preview_memory(architecture, settings)
+    if base.streaming is not None:
+        memory = _streamed(memory, architecture, settings, base.streaming)
+    return Preview(memory, None)
+
+
+_CODES_BYTES = 4 * (16 + 256)  # which nf4_bytes counts for every matrix; streamed layers share them
+
+
+def _streamed(
+    memory: MemoryPreview, architecture: Architecture, settings: MemorySettings, streaming: Streaming
+) -> MemoryPreview:
+    """The same step with `streaming.slots` and the hot layers on the device in the place of all layers."""
+    matrices = [linear.weights for linear in architecture.linears]
+    if settings.quantization != "none":  # fp4 is stored like nf4
+        resident = sum(nf4_bytes(count) for count in matrices)
+        moving = resident - _CODES_BYTES * len(matrices)
+    else:
+        resident = moving = settings.residual_bytes * sum(matrices)
+    held = min(streaming.slots + streaming.hot_layers, architecture.layers)
+    saved = architecture.layers * resident - held * moving
+    breakdown = {**memory.breakdown, "base_weights": memory.breakdown["base_weights"] - saved}
+    waiting = format_bytes(architecture.layers * moving)
+    return replace(
+        memory,
+        peak_bytes=memory.peak_bytes - saved,
+        breakdown=dict(sorted(breakdown.items(), key=lambda term: -term[1])),
+        moments={name: size - saved for name, size in memory.moments.items()},
+        notes=(
+            *memory.notes,
+            f"{held} layers of the base are on the device at once; all of them, {waiting}, wait beside",
+        ),
+    )
 
 
 def trained_positions(shard: Shard, micro_batch_size: int) -> int:

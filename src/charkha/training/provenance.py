@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ _PACKAGES = (
     "charkha", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers",
     "safetensors",
 )  # fmt: skip
-_SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,24 +37,6 @@ def package_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def base_fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and, of each weight file, its size, header and first and last MiB.
-
-    Not covered: a change in the middle of a file that leaves size and ends alike (hashing all of a 140 GB base at every
-    start would take minutes).
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for name in sorted(tensors_of_folder(folder)):
-        path = folder / name
-        size = path.stat().st_size
-        digest.update(f"{name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, size - _SAMPLE_BYTES))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def base_facts(folder: Path) -> BaseFacts:

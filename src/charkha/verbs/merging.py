@@ -60,6 +60,7 @@ def merge_run(
 
     run = RunFolder(path).require()
     config, base, data = reopen(run)
+    base = replace(base, streaming=None)  # the merge reads the base's own files; the check loads them whole
     if config.adapter.method == "full":
         return _already_standalone(run)
     if not any(run.adapter.glob("*.safetensors")):

@@ -47,7 +47,8 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
         kwargs["quantization_config"] = _bitsandbytes_config(spec)
     if spec.device == "cuda":
         kwargs["device_map"] = {"": 0}  # straight to the card: host RAM need not hold the model
-    with _quiet_transformers(), _only_safetensors(spec.path), device_errors_told(loading=True):
+
+    def load(kind: Any) -> Any:
         model, loading = kind.from_pretrained(
             spec.path,
             local_files_only=True,
@@ -57,7 +58,16 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # _require_complete tells of them, with names and shapes
             **kwargs,
         )
-    _require_complete(loading, spec)
+        _require_complete(loading, spec)
+        return model
+
+    with _quiet_transformers(), _only_safetensors(spec.path), device_errors_told(loading=True):
+        if spec.streaming is None:
+            model = load(kind)
+        else:
+            from charkha.backends.torch.streamed_model import load_streamed
+
+            model = load_streamed(spec, load)
     if spec.quantization != "none":
         _require_quantized(model, spec)
     keep_4bit_weights_as_they_are(model)
@@ -129,7 +139,9 @@ def keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
 
 def _has_bitsandbytes_layers(model: torch.nn.Module) -> bool:
     return any(
-        type(module).__module__.startswith(("bitsandbytes.", "peft.tuners.lora.bnb")) for module in model.modules()
+        kind.__module__.startswith(("bitsandbytes.", "peft.tuners.lora.bnb"))
+        for found in {type(module) for module in model.modules()}
+        for kind in found.__mro__  # a streamed layer is a subclass
     )
 
 

@@ -6,6 +6,7 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
             "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+_SAMPLE_BYTES = 1 << 20
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 
@@ -101,6 +103,24 @@ def tensors_of_file(path: Path) -> list[StoredTensor]:
     if cut:
         raise EnvironmentProblem(f"ends before the bytes of {cut[0]}: the file was cut short", where=str(path))
     return sorted(tensors, key=lambda tensor: tensor.start)
+
+
+def base_fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json and, of each weight file, its size, header and first and last MiB.
+
+    Not covered: a change in the middle of a file that leaves size and ends alike (hashing all of a 140 GB base at every
+    start would take minutes).
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in sorted(tensors_of_folder(folder)):
+        path = folder / name
+        size = path.stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_rows(tensor: StoredTensor, first: int, count: int) -> torch.Tensor:

@@ -45,6 +45,7 @@ from charkha.backends.torch.model import load_base, quantized_modules
 from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
 from charkha.backends.torch.ranks import ALONE, Ranks, joined
+from charkha.backends.torch.streamed_model import engine_of
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
 from charkha.errors import DoesNotFit, TrainingFailed
@@ -188,6 +189,9 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        engine = engine_of(self.model)
+        if engine is not None:
+            engine.require_intact()  # the last layer read in this step; of the others it is asked as they are left
         # The one place where the host waits for the device in a step: both numbers are needed before the weights move.
         self.grad_norm = float(norm)
         assert self.step_loss is not None

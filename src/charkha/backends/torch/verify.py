@@ -43,7 +43,7 @@ def check_merge(base: BaseModelSpec, adapter: Path, merged: Path, prompts: Seque
     """
     reference = _logits(load_adapter(_reference(base), adapter), prompts)
     _free_memory()
-    model = load_base(replace(base, path=merged, quantization="none"))
+    model = load_base(replace(base, path=merged, quantization="none", streaming=None))
     own = _logits(model, prompts)
     _nudge_weights(model, merged)
     nudged = _logits(model, prompts)

@@ -1,0 +1,112 @@
+"""Runs on a streamed base: the same as resident ones, killed and resumed too, through the verbs a user has."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pytest
+
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def slab_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
+
+
+def losses(events):
+    """Of every step and evaluation, by its place."""
+    names = {"step": "loss", "eval": "eval_loss"}
+    return {
+        (event["event"], event["step"]): event[names[event["event"]]] for event in events if event["event"] in names
+    }
+
+
+def all_equal(left, right):
+    import torch
+
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+STREAMED = "model.placement=streamed"
+RESIDENT = "training.gradient_checkpointing=full"
+
+
+def test_stopped_and_resumed_ends_as_the_resident_run(project, model_folder):
+    work = project(model_folder("llama", num_hidden_layers=LAYERS), model={"quantization": "nf4"})
+    undisturbed, before = work.train(RESIDENT, output="resident")
+    first, seen = work.train(STREAMED, output="streamed", stop_at=3)
+    assert first.status == "paused"
+    result, rest = work.train(STREAMED, output="streamed")
+    assert result.status == "done"
+    assert losses([*seen, *rest]) == losses(before)
+    assert all_equal(work.weights("streamed"), work.weights("resident"))
+    assert all_equal(work.checkpoint_tensors("streamed"), work.checkpoint_tensors("resident"))
+    # Both were measured over the same two steps; what stays behind is two layers of four.
+    planned = [json.loads((work.run_folder(name) / "plan.json").read_text()) for name in ("resident", "streamed")]
+    saved = planned[0]["peak_allocated_bytes"] - planned[1]["peak_allocated_bytes"]
+    assert saved > 0
+    assert undisturbed.peak_memory_bytes - first.peak_memory_bytes == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_every_family_and_method_through_the_trainer(project, model_folder, monkeypatch, kind, method):
+    from charkha.backends.torch.transfers import LayerReader
+
+    work = project(
+        model_folder(kind, num_hidden_layers=LAYERS), model={"quantization": "nf4"}, adapter={"method": method}
+    )
+    _, before = work.train(RESIDENT, output="resident")
+    read, chance = LayerReader.read, random.Random(0)
+
+    def late(self, number, target):
+        time.sleep(chance.random() * 0.01)
+        read(self, number, target)
+
+    monkeypatch.setattr(LayerReader, "read", late)
+    _, seen = work.train(STREAMED, output="streamed", stop_at=3)
+    _, rest = work.train(STREAMED, output="streamed")
+    assert losses([*seen, *rest]) == losses(before)
+    assert all_equal(work.weights("streamed"), work.weights("resident"))
+
+
+@pytest.mark.long
+def test_eval_chat_and_merge_of_a_streamed_run_are_those_of_a_resident_one(project, model_folder):
+    from charkha.chatting import Conversation
+    from charkha.evaluation import evaluate_run, open_run
+    from charkha.verbs.merging import merge_run
+
+    work = project(model_folder("llama", num_hidden_layers=LAYERS), model={"quantization": "nf4"})
+    work.train(RESIDENT, output="resident")
+    work.train(STREAMED, output="streamed")
+    answers = {}
+    for name in ("resident", "streamed"):
+        run = work.run_folder(name)
+        scored = evaluate_run(run)
+        talk = Conversation(open_run(run), None, temperature=0, max_new_tokens=12, seed=0, base=False)
+        merged = merge_run(run)
+        assert merged.verified
+        answers[name] = (scored.loss, scored.answers, "".join(talk.say("tea 3?")))
+    assert answers["resident"] == answers["streamed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training": {"gradient_checkpointing": "none"}}, "begins by running it again"),
+        ({"adapter": {"method": "full"}}, "trains every weight"),
+        ({"adapter": {"method": "ia3"}}, "has not been tried"),
+        ({"devices": {"processes": 2}}, "2 processes would each stream"),
+    ],
+)
+def test_what_does_not_go_with_a_streamed_base_is_refused_before_it_is_loaded(project, settings, message):
+    from charkha.errors import UsageError
+
+    work = project("llama", **settings)
+    with pytest.raises(UsageError, match=message):
+        work.train(STREAMED)
+    assert not (work.folder / "cache").exists()
