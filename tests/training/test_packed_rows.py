@@ -176,7 +176,7 @@ def test_architectures_on_the_other_list_let_documents_see_each_other(kind: str)
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_rounding_in_sixteen_bits_is_no_leak_and_a_leak_is_no_rounding(dtype: str) -> None:
-    from charkha.backends.torch.model import torch_dtype
+    from charkha.backends.torch.base_config import torch_dtype
 
     assert proof_of(small_model("llama").to(torch_dtype(dtype)), dtype).holds
     assert not proof_of(small_model("falcon").to(torch_dtype(dtype)), dtype).holds

@@ -50,7 +50,7 @@ class Session:
 
 def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, proved_leak: str | None = None) -> Session:
     """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock."""
-    from charkha.backends.torch.model import read_base_config
+    from charkha.backends.torch.base_config import read_base_config
     from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
     from charkha.backends.torch.streamed_model import require_streamable
 

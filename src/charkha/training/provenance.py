@@ -44,7 +44,7 @@ def base_facts(folder: Path) -> BaseFacts:
 
     Raises EnvironmentProblem for a folder that charkha cannot train on.
     """
-    from charkha.backends.torch.model import read_base_config
+    from charkha.backends.torch.base_config import read_base_config
 
     config = read_base_config(folder)
     check_base_config(config, str(folder))

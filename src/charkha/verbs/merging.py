@@ -55,8 +55,8 @@ def merge_run(
     beside under `.unverified`, when logits differ by more than rounding explains; RunFolderError for a run that is not
     finished; UsageError for prompt tuning, which changes no weight; DoesNotFit for a disk too small.
     """
+    from charkha.backends.torch.base_config import read_base_config
     from charkha.backends.torch.merge import merge_adapter
-    from charkha.backends.torch.model import read_base_config
 
     run = RunFolder(path).require()
     config, base, data = reopen(run)

@@ -1,22 +1,18 @@
-"""The one place where a plan asks a backend to trace the run's own step; says why where it cannot be asked.
-
-The tracing backend is looked for by name: it is the authority where it is there, and the closed form answers where not.
-"""
+"""The one place where a plan asks the backend to trace the run's own step; says why where it cannot be asked."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from charkha.backends.base import TraceRequest
+from charkha.backends.torch.trace import trace_memory
 from charkha.config import Config
 from charkha.errors import CharkhaError
 from charkha.hardware.machine import Machine
 from charkha.plan.memory_settings import MemorySettings
 from charkha.training.choices import adapter_spec
-
-_BACKEND = "charkha.backends.torch.trace"
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,7 @@ def traced_peak(settings: MemorySettings, config: Config, base_config: Mapping[s
     if why_not is not None:
         return Traced(why_not)
     try:
-        backend = importlib.import_module(_BACKEND)
-    except ModuleNotFoundError as missing:
-        if missing.name != _BACKEND:
-            raise
-        return Traced("this version has no tracing backend")
-    try:
-        result = backend.trace_memory(_request(settings, config, base_config, machine))
+        result = trace_memory(_request(settings, config, base_config, machine))
     except CharkhaError as error:
         return Traced(f"the step could not be traced: {error.message}")
     return Traced(
@@ -67,11 +57,13 @@ def _out_of_reach(settings: MemorySettings) -> str | None:
     return None
 
 
-def _request(settings: MemorySettings, config: Config, base_config: Mapping[str, Any], machine: Machine) -> Any:
-    base = importlib.import_module("charkha.backends.base")
+def _request(
+    settings: MemorySettings, config: Config, base_config: Mapping[str, Any], machine: Machine
+) -> TraceRequest:
     gpu = machine.gpu
-    checkpointing = "selective" if settings.selective else "full" if settings.gradient_checkpointing else "none"
-    return base.TraceRequest(
+    checkpointing: Literal["none", "full", "selective"] = "full" if settings.gradient_checkpointing else "none"
+    trained = settings.trained_positions
+    return TraceRequest(
         config=dict(base_config),
         adapter=adapter_spec(config),
         micro_batch_size=settings.rows,
@@ -82,13 +74,13 @@ def _request(settings: MemorySettings, config: Config, base_config: Mapping[str,
         double_quantization=settings.double_quantization,
         upcast_unquantized=settings.upcast_unquantized,
         trainable_dtype=settings.trained_dtype,
+        trained_tokens_per_row=None if trained is None else -(-trained // settings.rows),
         accumulation_steps=settings.accumulation_steps,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing="selective" if settings.selective else checkpointing,
         loss_head=settings.loss_head,
         optimizer=settings.optimizer,
         weight_decay=config.training.weight_decay,
         max_grad_norm=config.training.max_grad_norm,
-        device=settings.device,
+        device="cpu" if settings.device == "cpu" else "cuda",
         compute_capability=(gpu.capability if gpu and gpu.capability else (8, 0)),
-        device_limit_bytes=gpu.memory_bytes if gpu else None,
     )

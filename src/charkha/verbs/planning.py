@@ -185,7 +185,10 @@ def _record(
 ) -> dict[str, Any]:
     settings, memory = found.settings, found.memory
     allocated = traced.allocated_bytes if traced else memory.allocated
-    reserved = traced.reserved_bytes if traced else memory.reserved
+    reserved = memory.reserved
+    if traced:  # of rows of one length; what varying ones leave behind is the closed form's to say
+        outgrown = memory.fragmentation if settings.lengths_vary and settings.device == "cuda" else 0
+        reserved = max(traced.reserved_bytes, allocated + outgrown)
     tokens = int(rows.mean * (rows.count or 0))
     host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
     disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
@@ -204,7 +207,7 @@ def _record(
         "peak_allocated_bytes": allocated,
         "peak_reserved_bytes": reserved,
         "peak_device_bytes": reserved + memory.context,
-        "least_device_bytes": memory.least,
+        "least_device_bytes": _least(found, allocated),
         "device_limit_bytes": found.limit_bytes or None,
         "breakdown": dict(traced.breakdown or {}) if traced else found.preview.breakdown,
         "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
@@ -242,8 +245,13 @@ def _seconds(config: Config, rows: Rows, found: Candidate) -> float | None:
     return steps * step * ((1 + _filled(rows)) / 2)
 
 
+def _least(found: Candidate, allocated: int) -> int:
+    """The smallest card that would do: the closed form's, by as much more or less as the trace finds alive."""
+    return found.memory.least + allocated - found.memory.allocated
+
+
 def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: int) -> bool:
-    least = found.memory.least + max(0, allocated - found.memory.allocated)
+    least = _least(found, allocated)
     device = least <= found.limit_bytes if machine.gpu or found.limit_bytes else True
     ram = machine.ram_bytes is None or host <= machine.ram_bytes
     return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
@@ -270,10 +278,10 @@ def _settings_record(settings: MemorySettings) -> dict[str, Any]:
 def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
     """What does not fit, by how much; and host memory beside the usual rule where it is known."""
     said = []
-    if found.settings.lengths_vary and record["method"] == "closed_form" and machine.device == "cuda":
+    if found.settings.lengths_vary and machine.device == "cuda":
         outgrown = format_bytes(found.memory.fragmentation)
         said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")
-    least, limit = found.memory.least, found.limit_bytes
+    least, limit = record["least_device_bytes"], found.limit_bytes
     if limit and least > limit:
         said.append(f"does not fit: {format_bytes(least)} is the least, {machine.name} has {format_bytes(limit)} each")
     if machine.ram_bytes is not None and record["host_ram_bytes"] > machine.ram_bytes:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from charkha.backends.base import TraceRequest
 from charkha.backends.torch.adapters import attach_adapter
-from charkha.backends.torch.model import torch_dtype
+from charkha.backends.torch.base_config import torch_dtype
 from charkha.backends.torch.plain_linear import quantizable_class
 from charkha.errors import EnvironmentProblem
 from charkha.plan.base_checks import check_base_config

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
 from charkha.backends.base import TraceRequest
+from charkha.backends.torch.base_config import torch_dtype
 from charkha.backends.torch.batches import IGNORED
 from charkha.backends.torch.cuda_kernels import (
     CudaStandIns,
@@ -28,7 +29,6 @@ from charkha.backends.torch.fake_attention import use_planned_attention
 from charkha.backends.torch.fake_model import weight_tensors
 from charkha.backends.torch.fake_optimizer import make_optimizer, paged_states
 from charkha.backends.torch.loss import causal_model, choose_loss, training_loss
-from charkha.backends.torch.model import torch_dtype
 from charkha.backends.torch.recorder import Recorder
 
 STEPS = 2  # from the second on, optimizer states exist

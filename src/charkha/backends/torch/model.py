@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charkha.backends.base import BaseModelSpec
+from charkha.backends.torch.base_config import read_base_config, torch_dtype
 from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.plain_linear import quantizable_class
 from charkha.backends.torch.quiet import quiet_libraries
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """`bf16` -> torch.bfloat16."""
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def load_base(spec: BaseModelSpec) -> PreTrainedModel:
@@ -75,24 +68,6 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
         model = model.to("mps")
     model.config.use_cache = False  # a cache object also switches off document boundaries in packed rows
     return model
-
-
-def read_base_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises EnvironmentProblem when there is none or it is not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EnvironmentProblem(
-            "is not a model folder: it has no config.json",
-            where=str(folder),
-            remedy="give a folder in Hugging Face layout, or a hub id after `charkha fetch`",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise EnvironmentProblem(f"config.json cannot be read: {error}", where=str(folder)) from None
-    if not isinstance(config, dict):
-        raise EnvironmentProblem("config.json holds no object", where=str(folder))
-    return config
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> Any:

@@ -103,7 +103,7 @@ def quantization_roundtrip(
     quiet_libraries()
     import bitsandbytes.functional as bnb
 
-    from charkha.backends.torch.model import torch_dtype
+    from charkha.backends.torch.base_config import torch_dtype
 
     loaded = torch_dtype(dtype)
 

@@ -135,7 +135,7 @@ def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _arithmetic(model: Any, dtype: str) -> Any:
     """Autocast as training will use it, where fp32 weights compute in 16 bits."""
-    from charkha.backends.torch.model import torch_dtype
+    from charkha.backends.torch.base_config import torch_dtype
 
     if dtype == "fp32":
         return nullcontext()

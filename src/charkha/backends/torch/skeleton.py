@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from charkha.backends.base import AdapterSpec, BaseModelSpec
 from charkha.backends.torch.adapters import attach_adapter
-from charkha.backends.torch.model import read_base_config
+from charkha.backends.torch.base_config import read_base_config
 from charkha.backends.torch.plain_linear import SAME_AS_LINEAR
 from charkha.backends.torch.quiet import quiet_libraries
 from charkha.errors import EnvironmentProblem, UsageError

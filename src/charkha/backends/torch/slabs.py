@@ -177,7 +177,7 @@ def _write_layer(
 
 def _parts(stored: StoredTensor, key: SlabKey) -> Iterator[tuple[str, torch.Tensor]]:
     """What one weight becomes, in host memory: itself in `dtype`, or packed with its constants."""
-    from charkha.backends.torch.model import torch_dtype
+    from charkha.backends.torch.base_config import torch_dtype
 
     weight = read_rows(stored, 0, stored.shape[0]).to(torch_dtype(key.dtype))
     if key.quantization == "none":

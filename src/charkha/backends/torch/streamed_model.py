@@ -58,7 +58,7 @@ def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
     """The base with its engine. `load(kind)` loads the files into a model class as for a resident base."""
     import torch
 
-    from charkha.backends.torch.model import torch_dtype
+    from charkha.backends.torch.base_config import torch_dtype
     from charkha.backends.torch.streamed_linear import stand_in_maker
     from charkha.backends.torch.streaming import open_engine
 
@@ -170,7 +170,7 @@ def _bind(model: PreTrainedModel, engine: Engine, slab: Slab) -> None:
 
 
 def _is_stored_quantized(folder: Path) -> bool:
-    from charkha.backends.torch.model import read_base_config
+    from charkha.backends.torch.base_config import read_base_config
 
     return "quantization_config" in read_base_config(folder)
 
