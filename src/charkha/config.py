@@ -1,8 +1,7 @@
 """The wish: one frozen model per section of charkha.yaml.
 
-Names are the ecosystem's (Hugging Face, PEFT, TRL). Every field has one line of meaning with its unit; `charkha schema`
-prints them. Reading the file, its aliases and its error messages are in `config_file.py`; what `auto` becomes on this
-machine is decided in `training/choices.py`; values that this version does not carry out are refused by `unsupported`.
+Names are the ecosystem's (Hugging Face, PEFT, TRL). Every field has one line of meaning with its unit. Reading the file
+is in `config_file.py`; what `auto` becomes here in `training/choices.py`; what is not carried out in `unsupported`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,10 +184,9 @@ def test_wrong_questions_are_answered_with_what_to_change(workshop: Path, argume
     assert message in json.dumps(plan(workshop, *arguments, code=2)["error"])
 
 
-def traced(allocated: int, reserved: int) -> tuple[ModuleType, list[Any]]:
-    """A stand-in for the tracing backend, and what it was asked."""
+def traced(monkeypatch: pytest.MonkeyPatch, allocated: int, reserved: int) -> list[Any]:
+    """Puts figures in the place of a trace, which takes half a minute; gives what was asked for."""
     asked: list[Any] = []
-    backend = ModuleType("charkha.backends.torch.trace")
 
     def trace_memory(request: Any) -> Any:
         asked.append(request)
@@ -200,14 +199,12 @@ def traced(allocated: int, reserved: int) -> tuple[ModuleType, list[Any]]:
             peak_moment="backward",
         )
 
-    backend.trace_memory = trace_memory  # type: ignore[attr-defined]
-    return backend, asked
+    monkeypatch.setattr("charkha.verbs.planned_trace.trace_memory", trace_memory)
+    return asked
 
 
 def test_a_trace_is_the_authority_for_one_device(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, asked = traced(12 * 2**30, 13 * 2**30)
-    monkeypatch.setitem(sys.modules, backend.__name__, backend)
-    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    asked = traced(monkeypatch, 12 * 2**30, 13 * 2**30)
     record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
     assert (record["method"], record["peak_allocated_bytes"]) == ("trace", 12 * 2**30)
     assert record["breakdown"] == {"weights": 12 * 2**30}
@@ -218,18 +215,14 @@ def test_a_trace_is_the_authority_for_one_device(workshop: Path, monkeypatch: py
 
 
 def test_a_trace_that_finds_more_than_the_card_has_is_no_fit(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, _ = traced(30 * 2**30, 31 * 2**30)
-    monkeypatch.setitem(sys.modules, backend.__name__, backend)
-    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    traced(monkeypatch, 30 * 2**30, 31 * 2**30)
     assert plan(workshop, "--gpu", "rtx 4090", "--method", "trace", code=3)["fits"] is False
 
 
 def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend, _ = traced(-1, 0)
-    monkeypatch.setitem(sys.modules, backend.__name__, backend)
-    monkeypatch.setattr("charkha.backends.base.TraceRequest", SimpleNamespace, raising=False)
+    traced(monkeypatch, -1, 0)
     record = plan(workshop, "--gpu", "rtx 4090", "--method", "trace")
     assert record["method"] == "closed_form"
     assert any("no fake kernels" in reason for reason in record["reasons"])

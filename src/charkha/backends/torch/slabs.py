@@ -29,6 +29,7 @@ from charkha.backends.torch.tensor_files import (
     stored_name,
     tensor_bytes,
     tensors_of_folder,
+    torch_dtype_of,
 )
 from charkha.errors import DoesNotFit, EnvironmentProblem
 from charkha.store import durable
@@ -43,6 +44,7 @@ LAYER_ALIGNMENT = 4096
 PIECE_ALIGNMENT = 512
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' own for 4-bit weights with double quantization
 DATA, INDEX = "layers.slab", "index.json"
+DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as in a safetensors header
 _FORMAT = 1
 _READ_BYTES = 1 << 20
 OnLayer = Callable[[int, int], None]
@@ -177,9 +179,7 @@ def _write_layer(
 
 def _parts(stored: StoredTensor, key: SlabKey) -> Iterator[tuple[str, torch.Tensor]]:
     """What one weight becomes, in host memory: itself in `dtype`, or packed with its constants."""
-    from charkha.backends.torch.base_config import torch_dtype
-
-    weight = read_rows(stored, 0, stored.shape[0]).to(torch_dtype(key.dtype))
+    weight = read_rows(stored, 0, stored.shape[0]).to(torch_dtype_of(DTYPE_NAMES[key.dtype]))
     if key.quantization == "none":
         yield "weight", weight.contiguous()
         return

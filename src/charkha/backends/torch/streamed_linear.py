@@ -8,7 +8,6 @@ pass is another layer's. No gradient of a weight or bias exists, since the base 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,12 +110,3 @@ def plain_stand_in(module: torch.nn.Linear) -> StreamedLinear:
     made.bias_apart = type(module).__name__ in SAME_AS_LINEAR
     made.forget_weight()
     return made
-
-
-def stand_in_maker(quantization: str, dtype: torch.dtype) -> Callable[[torch.nn.Linear], Any]:
-    """The function that makes the streamed layer for a plain one. `quantization` is none, nf4 or fp4."""
-    if quantization == "none":
-        return plain_stand_in
-    from charkha.backends.torch.streamed_4bit import four_bit_stand_in
-
-    return lambda module: four_bit_stand_in(module, quantization, dtype)

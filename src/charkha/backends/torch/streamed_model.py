@@ -10,12 +10,13 @@ layers, models whose layers transformers does not checkpoint, several devices.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from charkha.backends.base import AdapterSpec, BaseModelSpec
 from charkha.backends.torch.plain_linear import SAME_AS_LINEAR, quantizable_class
-from charkha.backends.torch.slabs import LinearShape, Slab, ensure_slab
+from charkha.backends.torch.slabs import DTYPE_NAMES, LinearShape, Slab, ensure_slab
+from charkha.backends.torch.tensor_files import torch_dtype_of
 from charkha.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def require_streamable(skeleton: PreTrainedModel, base: BaseModelSpec, adapter: 
         raise _refused("an Apple GPU shares its memory with the CPU, so nothing is gained", "use resident")
     if base.quantization not in ("none", "nf4", "fp4"):
         raise _refused(f"quantization {base.quantization} is not streamed yet", "use nf4, fp4 or none")
-    if _is_stored_quantized(base.path):
+    if getattr(skeleton.config, "quantization_config", None):
         raise _refused("the base's files are stored in 4 or 8 bits", "use the base as it was published, or resident")
     layers = decoder_layers(skeleton)
     if not layers:
@@ -58,12 +59,10 @@ def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
     """The base with its engine. `load(kind)` loads the files into a model class as for a resident base."""
     import torch
 
-    from charkha.backends.torch.base_config import torch_dtype
-    from charkha.backends.torch.streamed_linear import stand_in_maker
     from charkha.backends.torch.streaming import open_engine
 
     assert base.streaming is not None
-    kind = _streamed_class(base, stand_in_maker(base.quantization, torch_dtype(base.dtype)))
+    kind = _streamed_class(base)
     slab = ensure_slab(
         base.path,
         _shapes(kind, base),
@@ -120,10 +119,11 @@ def _require_plain_layers(layers: list[tuple[str, torch.nn.Module]]) -> None:
         raise _refused(f"{name} is {kind}, which is not streamed yet", "use resident")
 
 
-def _streamed_class(base: BaseModelSpec, stand_in: Any) -> Any:
+def _streamed_class(base: BaseModelSpec) -> Any:
     """The model's own class, built with streamed layers in its decoder layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    stand_in = _stand_in_maker(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     found = quantizable_class(config.model_type) if base.quantization != "none" else AutoModelForCausalLM
     parent = AutoModelForCausalLM._model_mapping[type(config)] if found is AutoModelForCausalLM else found
@@ -137,6 +137,18 @@ def _streamed_class(base: BaseModelSpec, stand_in: Any) -> Any:
 
     Streamed.__name__ = Streamed.__qualname__ = parent.__name__  # config.json and PEFT name the class
     return Streamed
+
+
+def _stand_in_maker(base: BaseModelSpec) -> Callable[[torch.nn.Linear], Any]:
+    """The function that makes the streamed layer for a plain one."""
+    if base.quantization == "none":
+        from charkha.backends.torch.streamed_linear import plain_stand_in
+
+        return plain_stand_in
+    from charkha.backends.torch.streamed_4bit import four_bit_stand_in
+
+    dtype = torch_dtype_of(DTYPE_NAMES[base.dtype])
+    return lambda module: four_bit_stand_in(module, base.quantization, dtype)
 
 
 def _shapes(kind: Any, base: BaseModelSpec) -> list[list[LinearShape]]:
@@ -167,12 +179,6 @@ def _bind(model: PreTrainedModel, engine: Engine, slab: Slab) -> None:
         for name, linear in _streamed_modules(module):
             pieces = {piece.part: piece for piece in slab.layers[number].pieces if piece.module == f"{layer}.{name}"}
             linear.bind(engine, number, pieces)
-
-
-def _is_stored_quantized(folder: Path) -> bool:
-    from charkha.backends.torch.base_config import read_base_config
-
-    return "quantization_config" in read_base_config(folder)
 
 
 def _refused(reason: str, remedy: str) -> UsageError:
