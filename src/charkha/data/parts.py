@@ -19,7 +19,7 @@ import numpy as np
 
 from charkha.data.encoded import EncodedRow
 from charkha.data.formats import RowTask
-from charkha.data.shards import TokenRows, open_shard, rows_of_shard, token_rows, write_token_rows
+from charkha.data.shards import StoredRows, TokenRows, rows_of_shard, token_rows, write_token_rows
 from charkha.data.tokenize import EncodeSettings, encode_block
 from charkha.data.workers import map_ordered
 from charkha.errors import DataError, Problem, RunDamaged
@@ -50,8 +50,8 @@ class EncodeTask:
 class EncodedPart:
     """Tokens of some blocks. `problems` pairs a file with what is wrong in it."""
 
-    train: TokenRows
-    held_out: TokenRows
+    train: TokenRows | StoredRows
+    held_out: TokenRows | StoredRows
     tally: Counter[str]
     problems: tuple[tuple[str, Problem], ...]
 
@@ -131,7 +131,7 @@ def joined_parts(parts: Sequence[EncodedPart]) -> EncodedPart:
     )
 
 
-def _joined(rows: Sequence[TokenRows]) -> TokenRows:
+def _joined(rows: Sequence[TokenRows | StoredRows]) -> TokenRows:
     if not rows:
         return token_rows(())
     return TokenRows(
@@ -166,8 +166,7 @@ def _read_part(folder: Path, number: int) -> EncodedPart | None:
     try:
         record = json.loads(path.read_bytes())
         sides = [
-            rows_of_shard(open_shard(folder / record[side])) if record[side] else token_rows(())
-            for side in ("train", "held_out")
+            rows_of_shard(folder / record[side]) if record[side] else token_rows(()) for side in ("train", "held_out")
         ]
     except (FileNotFoundError, ValueError, KeyError, RunDamaged):
         return None
