@@ -21,7 +21,7 @@ from charkha.data.encoded import EncodedRow
 from charkha.data.formats import RowTask
 from charkha.data.masking import masked_row
 from charkha.data.personal_rows import Value
-from charkha.data.shards import TokenRows, open_shard, rows_of_shard, token_rows, write_token_rows
+from charkha.data.shards import StoredRows, TokenRows, rows_of_shard, token_rows, write_token_rows
 from charkha.data.tokenize import EncodeSettings, encode_block
 from charkha.data.workers import map_ordered
 from charkha.errors import DataError, Problem, RunDamaged
@@ -57,8 +57,8 @@ class EncodeTask:
 class EncodedPart:
     """Tokens of some blocks. `problems` pairs a file with what is wrong in it."""
 
-    train: TokenRows
-    held_out: TokenRows
+    train: TokenRows | StoredRows
+    held_out: TokenRows | StoredRows
     tally: Counter[str]
     problems: tuple[tuple[str, Problem], ...]
 
@@ -140,7 +140,7 @@ def joined_parts(parts: Sequence[EncodedPart]) -> EncodedPart:
     )
 
 
-def _joined(rows: Sequence[TokenRows]) -> TokenRows:
+def _joined(rows: Sequence[TokenRows | StoredRows]) -> TokenRows:
     if not rows:
         return token_rows(())
     return TokenRows(
@@ -175,8 +175,7 @@ def _read_part(folder: Path, number: int) -> EncodedPart | None:
     try:
         record = json.loads(path.read_bytes())
         sides = [
-            rows_of_shard(open_shard(folder / record[side])) if record[side] else token_rows(())
-            for side in ("train", "held_out")
+            rows_of_shard(folder / record[side]) if record[side] else token_rows(()) for side in ("train", "held_out")
         ]
     except (FileNotFoundError, ValueError, KeyError, RunDamaged):
         return None

@@ -41,6 +41,33 @@ class TokenRows:
         return len(self.lengths)
 
 
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a shard that stay on the disk: ids and trained are mapped anew when asked for, and let go after use.
+
+    Pages of a mapping that is kept count as memory of the process, all of them in the end.
+    """
+
+    path: Path
+    lengths: NDArray[np.int64]
+    lines: NDArray[np.int32]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Token ids, int32 [tokens]."""
+        return _mapped(self.path)["input_ids"]
+
+    @property
+    def trained(self) -> NDArray[np.uint8]:
+        """Which tokens are learned, uint8 [tokens]."""
+        return _mapped(self.path)["trained"]
+
+
 def token_rows(encoded: Sequence[EncodedRow]) -> TokenRows:
     """The rows end to end, in their order."""
     ids = [row.input_ids for row in encoded]
@@ -68,9 +95,9 @@ def write_shard(
 def write_token_rows(
     folder: Path,
     name_prefix: str,
-    parts: Sequence[TokenRows],
+    parts: Sequence[TokenRows | StoredRows],
 ) -> Path:
-    """Writes all parts as one shard; parts may be memory-mapped, so that little of them is in memory at once.
+    """Writes all parts as one shard, one after the other, so that little of those on the disk is in memory at once.
 
     Raises DataError where there is no row.
     """
@@ -84,9 +111,9 @@ def write_token_rows(
     return path
 
 
-def _bytes_of(parts: Sequence[TokenRows]) -> Iterator[Bytes]:
+def _bytes_of(parts: Sequence[TokenRows | StoredRows]) -> Iterator[Bytes]:
     """A safetensors file as the library writes it: the header, then the arrays, the widest type first."""
-    rows, tokens = sum(part.rows for part in parts), sum(len(part.ids) for part in parts)
+    rows, tokens = sum(part.rows for part in parts), sum(int(part.lengths.sum()) for part in parts)
     sizes = (
         ("offsets", "I64", rows + 1, 8),
         ("input_ids", "I32", tokens, 4),
@@ -105,7 +132,7 @@ def _bytes_of(parts: Sequence[TokenRows]) -> Iterator[Bytes]:
     reached = 0
     for part in parts:
         yield (np.cumsum(part.lengths) + reached).astype("<i8").tobytes()
-        reached += len(part.ids)
+        reached += int(part.lengths.sum())
     for part in parts:
         yield from _pieces(part.ids, "<i4")
     for part in parts:
@@ -195,9 +222,10 @@ def open_shard(path: Path) -> Shard:
         raise RunDamaged(f"this is no shard: {error}", where=str(path), remedy=_PREPARE_AGAIN) from error
 
 
-def rows_of_shard(shard: Shard) -> TokenRows:
-    """The shard's rows as they are merged into another."""
-    return TokenRows(shard.flat_ids, shard.flat_trained.view(np.uint8), shard.lengths, shard.lines)
+def rows_of_shard(path: Path) -> StoredRows:
+    """The rows of a shard as they are merged into another. Raises RunDamaged where it does not match its hash."""
+    shard = open_shard(path)
+    return StoredRows(path, shard.lengths, np.array(shard.lines))
 
 
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1"}
