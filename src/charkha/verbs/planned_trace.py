@@ -63,6 +63,8 @@ def _request(
     gpu = machine.gpu
     checkpointing: Literal["none", "full", "selective"] = "full" if settings.gradient_checkpointing else "none"
     trained = settings.trained_positions
+    # Rows that differ in length bring a mask; by how much they differ changes nothing else.
+    shorter = (settings.tokens, *[max(1, settings.tokens - 1)] * (settings.rows - 1))
     return TraceRequest(
         config=dict(base_config),
         adapter=adapter_spec(config),
@@ -74,6 +76,7 @@ def _request(
         double_quantization=settings.double_quantization,
         upcast_unquantized=settings.upcast_unquantized,
         trainable_dtype=settings.trained_dtype,
+        row_lengths=shorter if settings.has_padding else (),
         trained_tokens_per_row=None if trained is None else -(-trained // settings.rows),
         accumulation_steps=settings.accumulation_steps,
         gradient_checkpointing="selective" if settings.selective else checkpointing,
