@@ -128,6 +128,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+def test_dora_on_rows_of_zeros_is_refused_by_name_instead_of_ending_in_nan(
+    project: MakeProject, new_model: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = new_model(tmp_path / "base", "llama")
+    path = folder / "model.safetensors"
+    tensors = load_file(str(path))
+    tensors["model.layers.1.self_attn.q_proj.weight"][:3] = 0
+    save_file(tensors, str(path), {"format": "pt"})
+    with pytest.raises(UsageError, match=r"3 of 64 rows of model\.layers\.1\.self_attn\.q_proj are all zeros"):
+        project(folder, adapter={"method": "dora"}).train()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_passed_over_is_refused_before_any_weight_is_read(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch, name: str

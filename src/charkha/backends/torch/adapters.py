@@ -41,10 +41,27 @@ def attach_adapter(model: PreTrainedModel, spec: AdapterSpec, gradient_checkpoin
         raise _refusal(model, spec, error) from None
     if spec.method != "prompt_tuning":
         _require_nothing_passed_over(model, spec)
+    if spec.method == "dora":
+        _require_directions(peft_model)
     if gradient_checkpointing:
         # Checkpointing re-runs a layer from its input, which must ask for gradients although nothing below is trained.
         peft_model.enable_input_require_grads()
     return peft_model
+
+
+def _require_directions(model: Any) -> None:
+    """DoRA divides each row of a weight by its length; a row of zeros has no direction, and the loss would be NaN."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" not in name or parameter.is_meta or "Fake" in type(parameter.data).__name__:
+            continue
+        zeros = int((parameter == 0).sum())
+        if zeros:
+            layer = name.partition(".lora_magnitude_vector")[0].removeprefix("base_model.model.")
+            raise UsageError(
+                f"dora cannot train this model: {zeros} of {parameter.numel()} rows of {layer} are all zeros",
+                where="adapter.method",
+                remedy="use method lora or rslora, or leave that layer out of adapter.target_modules",
+            )
 
 
 def _peft_config(model: PreTrainedModel, spec: AdapterSpec) -> Any:
