@@ -1,4 +1,4 @@
-"""A million rows through inspecting, comparing and tokenizing: seconds and peak memory of each stage.
+"""A million rows through inspecting, scanning and tokenizing: seconds and peak memory of each stage.
 
 Run: python benchmarks/data/scale.py --model DIR [--rows 1000000] [--workers 2]     (wants an otherwise idle machine)
 
@@ -29,7 +29,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results" / "data_scale.json"
-STAGES = ("inspect", "duplicates", "tokenize", "speed")
+STAGES = ("inspect", "scan", "tokenize", "speed")
 LATIN = "ba co di fen gra hel in lo mer nt or pi ra sto ter un ve ing"
 DEVANAGARI = "क का कि ग चर ज ता त्र दी न नी प बा म या र ल स ह ें"
 WORDS = 30_000
@@ -171,12 +171,13 @@ def stage_inspect(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {"rows": found.file.row_count, "exact": found.duplicates, "problems": len(found.problems)}
 
 
-def stage_duplicates(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Exact and near repetitions."""
-    from charkha.data.duplicates import duplicates_in_files
+def stage_scan(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """`charkha data scan`: personal data in every column, exact and near repetitions."""
+    from charkha.data.scan import scan_files
 
-    report = duplicates_in_files([path], workers=arguments.workers, folder=arguments.folder)
-    return {"rows": report.rows, "exact": report.exact, "near": report.near}
+    found = scan_files([path], workers=arguments.workers)
+    assert found.duplicates is not None
+    return {"findings": len(found.findings), "exact": found.duplicates.exact, "near": found.duplicates.near}
 
 
 def stage_tokenize(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
