@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ ENDS = {
     "qwen2.5-instruct": "<|im_end|>",
     "vicuna": "</s>",
     "zephyr": "</s>",
+    "falcon": "",
+    "gemma": "<end_of_turn>",
+    "llama-2": " </s>",
+    "mistral": "</s>",
+    "qwen2.5": "<|im_end|>",
 }
 
 
@@ -61,6 +67,32 @@ def any_template(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ChatTe
 
 
 # Chat templates
+
+SAME = {
+    "falcon-instruct": "falcon", "gemma-it": "gemma", "llama-2-chat": "llama-2", "llama-3-instruct": "llama-3",
+    "mistral-instruct": "mistral", "phi-3": "phi-3", "qwen2.5-instruct": "qwen2.5", "vicuna": "vicuna",
+    "zephyr": "zephyr",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("published", SAME)
+def test_a_built_in_family_writes_what_its_published_template_writes(
+    published: str, shared: Path, tmp_path: Path
+) -> None:
+    text = (shared / "chat_templates" / f"{published}.jinja").read_text()
+    if published != "qwen2.5-instruct":
+        text = text.replace("    ", "").replace("\n", "")
+    theirs = ChatTemplate(published, text, "<s>", "</s>")
+    ours = replace(load_template(tmp_path, SAME[published]), bos_token="<s>", eos_token="</s>")
+    system = Turn("system", " Be kind.\n")
+    for turns in (
+        conversation("What?", "This.").turns,
+        conversation("a\n\nb ", " c\n\nd", "e", "f").turns,
+        (system, *conversation(" x", "y ", "z", "w").turns),
+    ):
+        assert render_row(ChatRow(turns, 1), ours, SPECIAL).text == render_row(ChatRow(turns, 1), theirs, SPECIAL).text
+        prompt = turns[:-1]
+        assert render_prompt(prompt, ours, SPECIAL).text == render_prompt(prompt, theirs, SPECIAL).text
 
 
 def test_exactly_the_answers_and_their_end_tokens_are_trained(any_template: tuple[ChatTemplate, str]) -> None:
