@@ -61,29 +61,24 @@ def test_slots_hot_layers_and_slow_reads_change_no_number(model_folder, resident
     assert same(resident(), run_steps(folder, streaming=streaming, prepare=late))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"quantization": "none"},
-        {"quantization": "none", "dtype": "bf16", "reentrant": True},
-        {"quantization": "fp4", "dtype": "bf16"},
-        {"adapter": replace(ALL_LINEAR, method="rslora"), "reentrant": True},
-        {"adapter": replace(ALL_LINEAR, method="dora", lora_dropout=0.0)},
-        {"adapter": replace(ALL_LINEAR, method="dora"), "quantization": "none"},
-        {"adapter": replace(ALL_LINEAR, target_modules=("q_proj",))},
+LONG = pytest.mark.long
+WAYS = [
+    pytest.param({"quantization": "none"}, id="whole-fp32"),
+    pytest.param({"quantization": "none", "dtype": "bf16", "reentrant": True}, id="whole-bf16-reentrant"),
+    pytest.param({"quantization": "fp4", "dtype": "bf16"}, id="fp4-bf16"),
+    pytest.param({"adapter": replace(ALL_LINEAR, method="rslora"), "reentrant": True}, id="rslora", marks=LONG),
+    pytest.param({"adapter": replace(ALL_LINEAR, method="dora", lora_dropout=0.0)}, id="dora", marks=LONG),
+    pytest.param({"adapter": replace(ALL_LINEAR, method="dora"), "quantization": "none"}, id="dora-whole"),
+    pytest.param({"adapter": replace(ALL_LINEAR, target_modules=("q_proj",))}, id="one-target"),
+    pytest.param(
         {"adapter": replace(ALL_LINEAR, layers_to_transform=(1, 3), modules_to_save=("lm_head",))},
-    ],
-    ids=[
-        "whole-fp32",
-        "whole-bf16-reentrant",
-        "fp4-bf16",
-        "rslora-reentrant",
-        "dora",
-        "dora-whole",
-        "one-target",
-        "few-layers",
-    ],
-)
+        id="few-layers",
+        marks=LONG,
+    ),
+]
+
+
+@pytest.mark.parametrize("settings", WAYS)
 def test_every_way_to_train_is_the_same_streamed(model_folder, resident, settings):
     folder = model_folder("llama", num_hidden_layers=LAYERS)
     assert same(resident(**settings), run_steps(folder, streaming=Streaming(), **settings))

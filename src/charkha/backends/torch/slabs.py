@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from charkha.backends.torch.freed_memory import give_freed_memory_back
 from charkha.backends.torch.tensor_files import (
     StoredTensor,
     base_fingerprint,
@@ -144,6 +145,7 @@ def ensure_slab(
     with _locked(folder):
         finished = _intact_layers(folder, key, layers)
         if len(finished) < len(layers):
+            give_freed_memory_back()
             durable.cut_file(folder / DATA, _end_of(finished))
             _require_room(folder, layers[len(finished) :], key)
         for number in range(len(finished), len(layers)):

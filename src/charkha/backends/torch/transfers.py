@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from charkha.backends.torch.freed_memory import give_freed_memory_back
 from charkha.backends.torch.slabs import LAYER_ALIGNMENT, Slab, SlabLayer
 from charkha.errors import EnvironmentProblem
 
@@ -112,6 +113,7 @@ class DiskToMemory:
     """A thread reads layers from the slab file into slots in host memory; the page cache helps where RAM is free."""
 
     def __init__(self, slab: Slab, traffic: Traffic) -> None:
+        give_freed_memory_back()
         self._reader = LayerReader(slab)
         self._traffic = traffic
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="charkha-stream")

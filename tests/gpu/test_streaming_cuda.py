@@ -1,0 +1,92 @@
+"""A streamed base on a CUDA GPU, from pinned RAM and from the disk: the same bits as a resident one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def deterministic_cuda(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def steps(folder: Path, streaming: Any, prepare: Callable[[Any], None] = lambda engine: None) -> list[Any]:
+    """Losses and gradients of three steps, and logits without gradients."""
+    import torch
+
+    from charkha.backends.base import AdapterSpec, BaseModelSpec
+    from charkha.backends.torch.adapters import attach_adapter
+    from charkha.backends.torch.model import load_base
+    from charkha.backends.torch.streamed_model import engine_of
+
+    base = load_base(BaseModelSpec(folder, "bf16", "sdpa", "nf4", "cuda", streaming))
+    torch.manual_seed(1)
+    model = attach_adapter(base, AdapterSpec("lora", 4, 8, 0.1, "all-linear"), True)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    if streaming is not None:
+        prepare(engine_of(model))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    torch.manual_seed(2)
+    found: list[Any] = []
+    for _ in range(3):
+        ids = torch.randint(3, 300, (2, 64)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found += [loss.detach().cpu(), *(parameter.grad.cpu() for parameter in trained)]
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        found.append(model(input_ids=ids, use_cache=False).logits.cpu())
+    return found
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("hot_layers", [0, 2])
+def test_streamed_is_resident_bit_for_bit(model_folder, monkeypatch, tier, slots, hot_layers):
+    import torch
+
+    from charkha.backends.base import Streaming
+
+    monkeypatch.setenv("CHARKHA_STREAMING_DEBUG", "1")  # a read that comes too early or too late sees NaN
+    folder = model_folder("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=688)
+    resident = steps(folder, None)
+    streamed = steps(folder, Streaming(slots, hot_layers, tier))
+    assert len(resident) == len(streamed)
+    assert all(torch.equal(left, right) for left, right in zip(resident, streamed, strict=True))
+
+
+def test_copies_that_come_late_are_waited_for(model_folder):
+    import torch
+
+    from charkha.backends.base import Streaming
+
+    def slow(engine: Any) -> None:
+        move = engine.transfer._move
+
+        def late(target: Any, source: Any) -> None:
+            torch.cuda._sleep(20_000_000)  # about 10 ms on the copy stream
+            move(target, source)
+
+        engine.transfer._move = late
+
+    folder = model_folder("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=688)
+    streamed = steps(folder, Streaming(2, 0, "ram"), slow)
+    assert all(torch.equal(left, right) for left, right in zip(steps(folder, None), streamed, strict=True))
