@@ -64,15 +64,48 @@ def test_tool_calls_preferences_and_ratings_are_looked_through_and_masked():
     answer = (Turn("assistant", "PAN ABCPE1234F"),)
     pair = PreferenceRow((Turn("user", "PAN?"),), answer, (Turn("assistant", "PAN ABCPK1234F"),))
     rated = RatedRow((Turn("user", "q"), *answer), True)
-    assert [field for field, _ in texts_of(chat)][1:3] == [
-        "messages[1].content",
-        "messages[1].tool_calls[0].function.arguments",
-    ]
+    assert ("messages[1].tool_calls[0].function.arguments.pan", "ABCPE1234F") in texts_of(chat)
     done = treat_rows([("a", [chat, pair, rated])], "mask")
     chat, pair, rated = done.files[0].rows
     assert json.loads(chat.turns[1].calls[0].arguments) == {"pan": "<PAN_1>"}
     assert (pair.chosen[0].content, pair.rejected[0].content) == ("PAN <PAN_1>", "PAN <PAN_2>")
     assert rated.turns[1].content == "PAN <PAN_1>"
+
+
+def test_tool_json_stays_json_and_names_and_ids_are_masked_too():
+    call = ToolCall(
+        "mail r@gmail.com", '{"phone": 9876543210, "text": "Hi\\nr@gmail.com", "ok": true}', "c-r@gmail.com"
+    )
+    turns = (Turn("user", "q"), Turn("assistant", "", calls=(call,)), Turn("tool", "t", call_id="c-r@gmail.com"))
+    row = ChatRow((*turns, Turn("assistant", "a")), 1, '[{"default": 9876543210}]')
+    (done,) = treat_rows([("a", [row])], "mask").files[0].rows
+    masked = done.turns[1].calls[0]
+    arguments = json.loads(masked.arguments)
+    assert (arguments["text"], arguments["ok"]) == ("Hi\n<EMAIL_1>", True)
+    assert arguments["phone"] == "<MOBILE_1>"
+    assert json.loads(done.tools) == [{"default": "<MOBILE_1>"}]
+    assert (masked.name, masked.id, done.turns[2].call_id) == ("mail <EMAIL_1>", "<EMAIL_2>", "<EMAIL_2>")
+    plain = ChatRow((Turn("user", "q"), Turn("assistant", "a", calls=(ToolCall("f", '{"b":1,  "a": 2}'),))), 1)
+    assert treat_rows([("a", [plain])], "mask").files[0].rows == (plain,)
+
+
+def test_rows_that_are_the_same_once_masked_stand_on_one_side_and_count_as_repetitions(tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    mails = ("Ravi@gmail.com", "ravi@gmail.com", "RAVI@gmail.com")
+    rows = [{"prompt": f"{n} {mail}", "completion": "ok"} for n in range(20) for mail in mails]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["prepare", str(source), "-o", str(out), "--personal", "mask", "--eval", "6", "--deduplicate", "--json"]
+    result = json.loads(CliRunner().invoke(app, words).stdout)
+    assert (result["train_rows"], result["eval_rows"], result["duplicates"]) == (14, 6, 40)
+
+
+def test_a_place_that_takes_no_file_is_told_in_a_line(tmp_path):
+    source = tmp_path / "a.csv"
+    source.write_text("prompt,completion\na,b\n")
+    (tmp_path / "folder.jsonl").mkdir()
+    for target in (tmp_path / "folder.jsonl", "/proc/out.jsonl"):
+        result = CliRunner().invoke(app, ["prepare", str(source), "-o", str(target)])
+        assert result.exit_code == 2, result.output
 
 
 def test_kinds_that_are_kept_are_no_finds():

@@ -81,3 +81,12 @@ def test_only_safe_repairs_are_made_and_each_is_listed(tmp_path: Path) -> None:
         (2, "row left out"), (3, "row left out"),
     }  # fmt: skip
     assert [len(read_rows(path).problems)] == [4]
+
+
+@pytest.mark.parametrize("value", ["inf", "-Infinity", "1e999", "nan"])
+def test_a_time_without_an_end_is_no_time_and_no_value_is_told(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion,t\na,b,{value}\nc,d,2024-01-01\n")
+    (problem,) = index_file(path, ReadOptions(), SplitWish(1, 42, None, "t"), 1).read.problems
+    assert (problem.line, problem.field) == (2, "t")
+    assert value not in problem.reason

@@ -9,7 +9,7 @@ import pytest
 from charkha.config import DataSection
 from charkha.data.formats import read_rows
 from charkha.data.personal_rows import find_in_rows
-from charkha.errors import ConfigError, DataError
+from charkha.errors import ConfigError, DataError, RunOfAnotherConfig
 from charkha.training.personal_gate import decide_personal
 
 VALUES = ("ABCPE1234F", "2341 2341 2346")
@@ -79,6 +79,34 @@ def test_rows_are_trained_as_they_are_or_left_out(project, action, left):
     result, _ = made.train(f"data.personal={action}", "training.max_steps=1", "data.eval=null")
     manifest = json.loads((made.run_folder() / "manifest.json").read_text())
     assert (result.status, manifest["data"]["train_rows"]) == ("done", left)
+
+
+def test_a_refused_change_of_mind_leaves_nothing_unmasked_in_the_run_folder(project):
+    made = project("llama", data={"personal": "mask"}, training={"max_steps": 1})
+    with_personal(made)
+    made.train()
+    data = made.run_folder() / "data"
+    before = {path: path.read_bytes() for path in data.iterdir() if path.is_file()}
+    with pytest.raises(RunOfAnotherConfig):
+        made.train("data.personal=report")
+    assert {path: path.read_bytes() for path in data.iterdir() if path.is_file()} == before
+
+
+def test_other_rows_are_scored_and_shown_as_the_run_has_its_own(project):
+    from charkha.cli.data_preview import _preview_config
+    from charkha.store.runs import RunFolder
+    from charkha.training.dataset import encode_file
+    from charkha.training.opening import reopen
+
+    made = project("llama", data={"personal": "mask"}, training={"max_steps": 1})
+    with_personal(made)
+    made.train()
+    config, _, data = reopen(RunFolder(made.run_folder()))
+    rows = encode_file(made.folder / "rows.jsonl", config, data).rows
+    text = " ".join(data.tokenizer.decode(list(row.input_ids)) for row in rows)
+    assert not any(value in text for value in VALUES)
+    shown = json.dumps(_preview_config(made.config, None, 8))
+    assert not any(value in shown for value in VALUES)
 
 
 def test_finds_that_are_not_sure_and_branch_codes_do_not_stop_a_run(tmp_path):

@@ -26,6 +26,7 @@ from charkha.errors import UsageError
 
 if TYPE_CHECKING:
     from charkha.data.formats import ReadOptions
+    from charkha.data.masking import Action
     from charkha.data.templates import ChatTemplate
     from charkha.data.tokenizer import Tokenizer
 
@@ -78,7 +79,8 @@ def _preview_config(path: Path, files: Sequence[str] | None, count: int) -> dict
     wish = config.data.template
     beside = folder / wish
     template = load_template(base, str(beside) if wish != "auto" and beside.is_file() else wish)
-    return _preview(chosen, load_tokenizer(base), template, config.data.train_on, count)
+    data = config.data
+    return _preview(chosen, load_tokenizer(base), template, data.train_on, count, data.personal, data.personal_keep)
 
 
 def _preview(
@@ -87,8 +89,12 @@ def _preview(
     template: ChatTemplate,
     train_on: TrainOn,
     count: int,
+    personal: Action = "report",
+    kept_kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
+    """`personal` drop leaves rows out of those that would be shown; stand-ins are numbered within the preview."""
     from charkha.data.formats import first_rows
+    from charkha.data.masking import treat_rows
     from charkha.data.preview import preview_rows
 
     shown: list[dict[str, Any]] = []
@@ -96,6 +102,7 @@ def _preview(
         rows, problems = first_rows(path, options, count)
         if problems:
             note(f"{path}: {problems} rows before these cannot be used; `charkha data inspect {path}` lists them")
+        rows = treat_rows([(str(path), rows)], personal, kept_kinds).files[0].rows
         for row in preview_rows(rows, tokenizer, template, train_on, count=count):
             shown.append({"path": str(path), **asdict(row), "ends": row.ends})
     return {"rows": shown, "notes": list(tokenizer.notes)}

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from charkha.data.formats import FileTally, ReadFile, ReadOptions, RowBlock, RowTask, open_rows
-from charkha.data.personal_rows import RowFinds, Value, find_in_rows, joined_finds
+from charkha.data.masking import masked_row
+from charkha.data.personal_rows import RowFinds, Value, find_in_rows, joined_finds, numbers_of
 from charkha.data.splits import SplitKeys, SplitWish, joined, split_keys
 from charkha.data.workers import map_ordered
 from charkha.errors import DataError
@@ -37,6 +38,7 @@ class IndexWish:
 
     split: SplitWish
     kept_kinds: tuple[str, ...] | None = None
+    masked: bool = False  # rows that are the same once masked are then the same
 
 
 def index_file(
@@ -46,6 +48,7 @@ def index_file(
     workers: int,
     progress: Callable[[Path, int], None] = lambda path, rows: None,
     kept_kinds: tuple[str, ...] | None = None,
+    masked: bool = False,
 ) -> IndexedFile:
     """What a split needs to know of a file. Problems are in the result.
 
@@ -56,7 +59,8 @@ def index_file(
     parts: list[SplitKeys] = []
     kinds: set[str] = set()
     finds: list[RowFinds] = []
-    for block, keys, of_block, found in map_ordered(_index_block, opened.tasks, IndexWish(wish, kept_kinds), workers):
+    asked = IndexWish(wish, kept_kinds, masked)
+    for block, keys, of_block, found in map_ordered(_index_block, opened.tasks, asked, workers):
         tally.add(block, rows=len(keys.hashes))
         parts.append(keys)
         kinds |= of_block
@@ -78,8 +82,10 @@ def index_file(
 def _index_block(wish: IndexWish, task: RowTask) -> tuple[RowBlock, SplitKeys, set[str], RowFinds]:
     """Runs in any process."""
     block = task.run()
-    keys, problems = split_keys(block, wish.split)
     kinds = {type(row).__name__ for row in block.rows}
-    rows = () if wish.kept_kinds is None else block.rows
-    finds = find_in_rows(str(task.path), rows, wish.kept_kinds or ())
+    kept = wish.kept_kinds or ()
+    finds = find_in_rows(str(task.path), () if wish.kept_kinds is None else block.rows, kept)
+    if wish.masked and finds.values:
+        block = replace(block, rows=tuple(masked_row(row, numbers_of(finds.values), kept) for row in block.rows))
+    keys, problems = split_keys(block, wish.split)
     return replace(block, rows=(), kept=(), problems=block.problems + problems), keys, kinds, finds

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -155,15 +157,51 @@ def _turns(field: str, turns: Sequence[Turn], change: Change) -> tuple[Turn, ...
 def _turn(field: str, turn: Turn, change: Change) -> Turn:
     content = change(f"{field}.content", turn.content)
     calls = tuple(_call(f"{field}.tool_calls[{index}]", call, change) for index, call in enumerate(turn.calls))
-    return replace(turn, content=content, calls=calls)
+    name, call_id = (_maybe(f"{field}.{part}", getattr(turn, part), change) for part in ("name", "call_id"))
+    return replace(turn, content=content, calls=calls, name=name, call_id=call_id)
 
 
 def _call(field: str, call: ToolCall, change: Change) -> ToolCall:
-    return replace(call, arguments=change(f"{field}.function.arguments", call.arguments))
+    name = change(f"{field}.function.name", call.name)
+    arguments = _json(f"{field}.function.arguments", call.arguments, change)
+    return replace(call, name=name, arguments=arguments, id=_maybe(f"{field}.id", call.id, change))
 
 
 def _tools(tools: str | None, change: Change) -> str | None:
-    return None if tools is None else change("tools", tools)
+    return None if tools is None else _json("tools", tools, change)
+
+
+def _maybe(field: str, text: str | None, change: Change) -> str | None:
+    return None if text is None else change(field, text)
+
+
+def _json(field: str, text: str, change: Change) -> str:
+    """JSON as text, value by value, so that it stays JSON; untouched where nothing in it is changed."""
+    try:
+        value = json.loads(text)
+    except ValueError:  # arguments that are no JSON are a problem of their own; as text they are looked through
+        return change(field, text)
+    changed = _value(field, value, change)
+    return text if changed == value else json.dumps(changed, ensure_ascii=False)
+
+
+def _value(field: str, value: Any, change: Change) -> Any:
+    if isinstance(value, str):
+        return change(field, value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        text = str(value)
+        changed = change(field, text)
+        return value if changed == text else changed
+    if isinstance(value, list):
+        return [_value(f"{field}[{index}]", part, change) for index, part in enumerate(value)]
+    if isinstance(value, dict):
+        return {change(f"{field} (a key)", key): _value(f"{field}.{key}", part, change) for key, part in value.items()}
+    return value
+
+
+def numbers_of(values: Sequence[Value]) -> dict[Value, int]:
+    """Numbers that depend on nothing but the value, to compare rows by before those in order are known."""
+    return {value: int.from_bytes(hashlib.sha256("\0".join(value).encode()).digest()[:12], "big") for value in values}
 
 
 def numbered(blocks: Sequence[Sequence[Value]]) -> Iterator[dict[Value, int]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -51,16 +51,26 @@ def write_jsonl(rows: Iterable[Row], path: Path) -> None:
         output.write(rows)
 
 
+@contextmanager
+def _told_as_usage(path: Path) -> Iterator[None]:
+    """A place that takes no file, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(path), remedy="name another file") from error
+
+
 class _Output:
     """A JSON Lines file that appears when it is whole."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._beside = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> _Output:
-        self._file: IO[str] = self._beside.open("w", encoding="utf-8", newline="\n")
+        with _told_as_usage(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = self._beside.open("w", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -71,7 +81,8 @@ class _Output:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._beside, self._path)
+        with _told_as_usage(self._path):
+            os.replace(self._beside, self._path)
 
     def write(self, rows: Iterable[Row]) -> None:
         """Adds rows."""
@@ -113,8 +124,11 @@ def prepare_files(
     options, split = options or ReadOptions(), split or SplitWish()
     if out.suffix.lower() != ".jsonl":
         raise UsageError(f"the output must be named *.jsonl, not {out.name}", where=str(out))
+    if out.is_dir():
+        raise UsageError("is a folder", where=str(out), remedy="name a file")
     processes = worker_count(paths, workers)
-    files = [index_file(path, options, split, processes, kept_kinds=()) for path in paths]
+    masked = personal == "mask"
+    files = [index_file(path, options, split, processes, kept_kinds=(), masked=masked) for path in paths]
     raise_for_problems([file.read for file in files])
     _refuse_mixture(files)
     keys = joined([file.keys for file in files])

@@ -7,6 +7,7 @@ matters. Rows that say the same always stand on one side. 40 bytes a row are hel
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -72,7 +73,7 @@ def split_keys(block: RowBlock, wish: SplitWish) -> tuple[SplitKeys, tuple[Probl
             time = _time_s(by_name[wish.time_by])
             times[index] = np.nan if time is None else time
             if time is None:
-                reason = f"no time: {by_name[wish.time_by]!r} is neither ISO 8601 nor a number of seconds"
+                reason = "no time: the value is neither ISO 8601 nor a number of seconds"  # it may be personal
                 problems.append(Problem(reason, block.rows[index].line, wish.time_by))
     return SplitKeys(hash_rows(block.rows), groups, times), tuple(problems)
 
@@ -93,9 +94,11 @@ def _time_s(text: str | None) -> float | None:
         except ValueError:
             return None
         return (moment - (_EPOCH if moment.tzinfo is None else _EPOCH_UTC)).total_seconds()
+    if not math.isfinite(value):
+        return None
     while abs(value) > 1e11:
         value /= 1000
-    return value if value == value else None
+    return value
 
 
 _EPOCH = datetime(1970, 1, 1)

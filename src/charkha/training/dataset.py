@@ -10,6 +10,7 @@ from typing import Any
 from charkha.config import Config
 from charkha.data.encoded import EncodedSet
 from charkha.data.formats import raise_for_problems, read_rows
+from charkha.data.masking import treat_rows
 from charkha.data.shards import Shard, open_shard
 from charkha.data.templates import ChatTemplate, load_template
 from charkha.data.tokenize import encode_rows, end_ids
@@ -32,6 +33,7 @@ class PreparedData:
     has_conversations: bool  # whether any row was rendered by the chat template
     split: dict[str, Any] = field(default_factory=dict)  # what was held out, and by what wish
     personal: dict[str, Any] | None = None  # what was found and decided; None in runs from before the scan
+    personal_report: str | None = None  # the same for people, when the data was prepared and anything was found
 
     @property
     def fingerprint(self) -> str:
@@ -81,14 +83,14 @@ def open_prepared(record: dict[str, Any], folder: Path, base: Path) -> PreparedD
 
 
 def encode_file(path: Path, config: Config, data: PreparedData) -> EncodedSet:
-    """Another file's rows as tokens, read, rendered and masked as the run's own."""
+    """Another file's rows as tokens, read, rendered and masked as the run's own, personal data included."""
     file = read_rows(path, options=options_of(config, None))
     raise_for_problems([file])
-
+    rows = treat_rows([(str(path), file.rows)], config.data.personal, config.data.personal_keep).files[0].rows
     limit = config.data.max_length
     assert isinstance(limit, int)  # frozen in the run folder
     return encode_rows(
-        file.rows, data.tokenizer, data.template, train_on=config.data.train_on, max_length=limit, source=str(path)
+        rows, data.tokenizer, data.template, train_on=config.data.train_on, max_length=limit, source=str(path)
     )
 
 

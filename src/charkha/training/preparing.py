@@ -29,15 +29,13 @@ from charkha.data.tokenize import EncodeSettings, source_notes
 from charkha.data.tokenizer import Tokenizer, load_tokenizer
 from charkha.data.workers import worker_count
 from charkha.errors import DataError, FileProblems, Problem, RunDamaged
-from charkha.store.durable import sha256_of_file, write_durably
+from charkha.store.durable import sha256_of_file
 from charkha.training.dataset import PreparedData, open_shards
 from charkha.training.personal_gate import decide_personal
 from charkha.training.sources import Source, options_of, sources_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-PERSONAL_REPORT = "personal_data.md"  # in the run's data folder, where anything was found
 
 
 def prepare_data(
@@ -70,9 +68,6 @@ def prepare_data(
     indexed, wish = reading.indexed()
     is_stated = "data.personal" in loaded.keys_set
     decided = decide_personal([(file.read, file.finds) for file in indexed], config.data, is_stated=is_stated)
-    if decided.report is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / PERSONAL_REPORT, decided.report.encode("utf-8", "backslashreplace"))
     sides = _sides(config, sources, indexed, wish, has_file=held_out_path is not None)
     settings = EncodeSettings(tokenizer, template, config.data.train_on, max_length, config.data.overlong)
     parts_folder = folder / f"parts-{key[:16]}"
@@ -95,6 +90,7 @@ def prepare_data(
         has_conversations=has_conversations,
         split=sides.record,
         personal=decided.record,
+        personal_report=decided.report,
     )
 
 
@@ -127,7 +123,8 @@ class _Reading:
         for path, options in self.files():
             needed = wish if path != self.held_out else SplitWish(None)
             kept_kinds = tuple(data.personal_keep)
-            found.append(index_file(path, options, needed, self.workers, told.rows, kept_kinds))
+            masked = data.personal == "mask"
+            found.append(index_file(path, options, needed, self.workers, told.rows, kept_kinds, masked))
         raise_for_problems([file.read for file in found])
         _refuse_preferences(found)
         return found, wish

@@ -19,7 +19,7 @@ from typing import Any
 from charkha.backends.base import TrainOutcome
 from charkha.backends.trackers import open_trackers, require_trackers
 from charkha.config_file import dump_config, load_config
-from charkha.errors import DoesNotFit, EnvironmentProblem, TrainingFailed
+from charkha.errors import DoesNotFit, EnvironmentProblem, RunOfAnotherConfig, TrainingFailed
 from charkha.hardware.probe import peak_rss_bytes
 from charkha.hardware.sensors import DeviceSensors, Nvml
 from charkha.plan.packing_support import PackingLeaks
@@ -42,6 +42,7 @@ from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
 
 FINAL = "final"  # under staging/
+PERSONAL_REPORT = "personal_data.md"  # in the run's data folder, where anything was found
 _TELL_S = 5.0
 
 
@@ -66,9 +67,14 @@ def train(
             Control(run.path).set_wish("run")  # whoever starts the run wants it to go on
         if run.exists and not accept_changes:
             loaded = with_frozen_choices(loaded, run)
+        there = _data_files(run) if run.exists else None
         session = open_session(loaded, run, observe)
         try:
             return _train_locked(session, observe, accept_changes)
+        except RunOfAnotherConfig:
+            for path in _data_files(run) - there if there is not None else ():
+                path.unlink(missing_ok=True)  # of data that this run does not train, and may have been told to mask
+            raise
         except PackingLeaks as error:
             if loaded.config.data.packing != "auto" or any((run.path / "checkpoints").glob("step-*")):
                 raise
@@ -76,6 +82,10 @@ def train(
         run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
         session = open_session(loaded, run, observe, proved_leak=leak)
         return _train_locked(session, observe, accept_changes)
+
+
+def _data_files(run: RunFolder) -> frozenset[Path]:
+    return frozenset(path for path in run.data.glob("*") if path.is_file())
 
 
 def _told_if_anyone_listens(observe: Observer) -> Observer:
@@ -265,6 +275,9 @@ def _write_records(session: Session) -> None:
         },
     )
     run.write_json(run.path / "plan.json", session.memory.record())
+    if data.personal_report is not None:
+        report = data.personal_report.encode("utf-8", "backslashreplace")
+        durable.write_durably(run.data / PERSONAL_REPORT, report)
     durable.write_durably(run.config_path, dump_config(session.resolved).encode())
 
 
