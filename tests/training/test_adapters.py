@@ -36,7 +36,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+# One of each sort in every run of the tests; the others, a few seconds each, with the long ones.
+QUICK = (
+    "dora", "prompt_tuning", "lora+ with patterns and a head trained whole", "dora on nf4", "ia3 on int8 in bf16",
+    "adamw_8bit on every weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in ADAPTERS]
+)
 def test_it_learns_and_goes_on_bit_for_bit_after_a_stop(project: MakeProject, kind: str) -> None:
     import torch
 

@@ -308,7 +308,10 @@ def test_packed_micro_batches_of_one_make_the_step_of_two(project: MakeProject) 
     assert [step["loss"] for step in steps_of(ones)] == pytest.approx([s["loss"] for s in steps_of(twos)], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "nf4 with gradient checkpointing", "full"])
+@pytest.mark.parametrize(
+    "kind",
+    ["nf4 with gradient checkpointing", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "full"))],
+)
 def test_a_packed_run_that_was_stopped_ends_as_if_it_had_not_been(project: MakeProject, kind: str) -> None:
     """Several epochs; the cut falls within the second, whose rows hold other documents than the first."""
     import torch

@@ -206,6 +206,7 @@ def test_a_killed_first_process_takes_the_others_with_it_and_the_supervisor_star
     assert_equal(work.weights("cut"), work.weights("whole"))
 
 
+@pytest.mark.long
 def test_an_error_of_the_first_process_is_told_as_its_own_and_leaves_no_other_behind(project: MakeProject) -> None:
     from charkha.errors import DoesNotFit
     from charkha.training.session import train
