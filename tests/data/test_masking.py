@@ -10,7 +10,7 @@ from charkha.cli.data import app
 from charkha.data.formats import read_rows
 from charkha.data.masking import treat_rows
 from charkha.data.personal import find_personal
-from charkha.data.personal_rows import numbered, same_form, texts_of
+from charkha.data.personal_rows import all_texts_of, numbered, same_form
 from charkha.data.rows import ChatRow, PreferenceRow, PromptRow, RatedRow, TextRow, ToolCall, Turn
 
 
@@ -64,7 +64,7 @@ def test_tool_calls_preferences_and_ratings_are_looked_through_and_masked():
     answer = (Turn("assistant", "PAN ABCPE1234F"),)
     pair = PreferenceRow((Turn("user", "PAN?"),), answer, (Turn("assistant", "PAN ABCPK1234F"),))
     rated = RatedRow((Turn("user", "q"), *answer), True)
-    assert ("messages[1].tool_calls[0].function.arguments.pan", "ABCPE1234F") in texts_of(chat)
+    assert ("messages[1].tool_calls[0].function.arguments.pan", "ABCPE1234F") in all_texts_of(chat)
     done = treat_rows([("a", [chat, pair, rated])], "mask")
     chat, pair, rated = done.files[0].rows
     assert json.loads(chat.turns[1].calls[0].arguments) == {"pan": "<PAN_1>"}

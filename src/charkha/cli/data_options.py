@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from charkha.cli.terminal import note, stderr_console, stdout_console
+from charkha.cli.terminal import note, parse_mapping, stderr_console, stdout_console
 from charkha.errors import Problem, UsageError
 
 if TYPE_CHECKING:
@@ -37,17 +37,6 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; by de
 SHOWN_PROBLEMS = 20
 
 
-def parse_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
-    """`["prompt=question,completion=answer"]` as a dict. Raises UsageError for a part without `=`."""
-    mapping: dict[str, str] = {}
-    for pair in (part for text in pairs or () for part in text.split(",")):
-        ours, found, theirs = pair.partition("=")
-        if not (found and ours.strip() and theirs.strip()):
-            raise UsageError(f"--map {pair!r} is no pair", remedy="write --map prompt=question,completion=answer")
-        mapping[ours.strip()] = theirs.strip()
-    return mapping
-
-
 def parse_train_on(word: str) -> TrainOn:
     """The word, if it is one. Raises UsageError otherwise."""
     if word == "responses" or word == "all":
@@ -70,7 +59,7 @@ def read_options(
 
     if normalize not in ("none", "nfc"):
         raise UsageError(f"--normalize {normalize!r} is not known", remedy="use none or nfc")
-    return ReadOptions(format, parse_mapping(map_), assistant, normalize, fix=fix)
+    return ReadOptions(format, parse_mapping(",".join(map_ or ())), assistant, normalize, fix=fix)
 
 
 def load_model(model: str, folder: Path, template: str) -> tuple[Tokenizer, ChatTemplate]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from charkha.data.formats import FileTally, ReadFile, ReadOptions, RowBlock, RowTask, open_rows
-from charkha.data.masking import masked_row
+from charkha.data.masking import masked_rows
 from charkha.data.personal_rows import RowFinds, Value, find_in_rows, joined_finds, numbers_of
 from charkha.data.splits import SplitKeys, SplitWish, joined, split_keys
 from charkha.data.workers import map_ordered
@@ -86,6 +86,6 @@ def _index_block(wish: IndexWish, task: RowTask) -> tuple[RowBlock, SplitKeys, s
     kept = wish.kept_kinds or ()
     finds = find_in_rows(str(task.path), () if wish.kept_kinds is None else block.rows, kept)
     if wish.masked and finds.values:
-        block = replace(block, rows=tuple(masked_row(row, numbers_of(finds.values), kept) for row in block.rows))
+        block = replace(block, rows=masked_rows(block.rows, finds.found, numbers_of(finds.values), kept))
     keys, problems = split_keys(block, wish.split)
     return replace(block, rows=(), kept=(), problems=block.problems + problems), keys, kinds, finds

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from charkha.data.formats import ReadFile
 from charkha.data.personal import DETECTORS_VERSION
@@ -25,6 +25,10 @@ from charkha.data.rows import Row
 from charkha.data.scan import ScannedFile, ScanResult
 from charkha.data.scan_report import decision_sentence, markdown_report
 from charkha.store.durable import sha256_of_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Action = Literal["report", "block", "mask", "drop"]
 
@@ -117,8 +121,15 @@ def _treated(
     if action == "drop":
         return tuple(row for row, found in zip(rows, finds.found, strict=True) if not found)
     if action == "mask":
-        return tuple(masked_row(row, numbers, kept_kinds) for row in rows)
+        return masked_rows(rows, finds.found, numbers, kept_kinds)
     return tuple(rows)
+
+
+def masked_rows(
+    rows: Sequence[Row], found: NDArray[np.bool_], numbers: Mapping[Value, int], kept_kinds: Sequence[str] = ()
+) -> tuple[Row, ...]:
+    """The rows, with stand-ins where something was `found`, bool [rows]; the others are not searched again."""
+    return tuple(masked_row(row, numbers, kept_kinds) if hit else row for row, hit in zip(rows, found, strict=True))
 
 
 def masked_row(row: Row, numbers: Mapping[Value, int], kept_kinds: Sequence[str] = ()) -> Row:

@@ -19,7 +19,7 @@ import numpy as np
 
 from charkha.data.encoded import EncodedRow
 from charkha.data.formats import RowTask
-from charkha.data.masking import masked_row
+from charkha.data.masking import masked_rows
 from charkha.data.personal_rows import Value
 from charkha.data.shards import StoredRows, TokenRows, rows_of_shard, token_rows, write_token_rows
 from charkha.data.tokenize import EncodeSettings, encode_block
@@ -37,7 +37,7 @@ BLOCKS_A_PART = 16  # about 16 MiB of text
 class EncodeTask:
     """A block and what becomes of its rows: how often each is trained, int64 [rows], and which are held out, bool.
 
-    `mask` has the numbers of the stand-ins for personal data in them; None where nothing is masked.
+    `mask` has the numbers of the stand-ins for personal data in those of `found`, bool; None where nothing is masked.
     """
 
     source: str
@@ -45,6 +45,7 @@ class EncodeTask:
     repeats: NDArray[np.int64]
     held_out: NDArray[np.bool_]
     mask: Mapping[Value, int] | None = None
+    found: NDArray[np.bool_] | None = None
     kept_kinds: tuple[str, ...] = ()
 
     @classmethod
@@ -115,8 +116,8 @@ def encode_task(settings: EncodeSettings, task: EncodeTask) -> EncodedPart:
     if len(rows) != len(task.repeats):
         raise DataError("the file changed while it was read", where=task.source, remedy="run the same command again")
     used = [index for index in range(len(rows)) if task.repeats[index] or task.held_out[index]]
-    if task.mask is not None:
-        rows = tuple(masked_row(row, task.mask, task.kept_kinds) for row in rows)
+    if task.mask is not None and task.found is not None:
+        rows = masked_rows(rows, task.found, task.mask, task.kept_kinds)
     encoded = encode_block([rows[index] for index in used], settings)
     train: list[EncodedRow] = []
     held_out: list[EncodedRow] = []

@@ -73,7 +73,7 @@ def find_in_rows(path: str, rows: Sequence[Row], kept_kinds: Sequence[str] = ())
     found = np.zeros(len(rows), dtype=np.bool_)
     characters = 0
     for number, row in enumerate(rows):
-        for field, text in texts_of(row):
+        for field, text in all_texts_of(row):
             characters += len(text)
             for find in wanted_finds(text, kept_kinds):
                 findings.append(Finding(find.kind, path, row.line, field, find.start, find.end, find.confidence))
@@ -126,7 +126,7 @@ def same_form(kind: str, value: str) -> str:
     return compact[-10:] if kind == "mobile" else compact
 
 
-def texts_of(row: Row) -> tuple[tuple[str, str], ...]:
+def all_texts_of(row: Row) -> tuple[tuple[str, str], ...]:
     """(field, text) of all that a row says, tool calls and the list of tools included, in a fixed order."""
     found: list[tuple[str, str]] = []
 

@@ -15,7 +15,7 @@ import numpy as np
 from charkha.data.duplicates import hash_rows
 from charkha.data.formats import ReadFile, ReadOptions, RowTask, open_rows, raise_for_problems
 from charkha.data.indexing import IndexedFile, index_file
-from charkha.data.masking import Action, TreatedFile, Treatment, masked_row, treatment_report
+from charkha.data.masking import Action, TreatedFile, Treatment, masked_rows, treatment_report
 from charkha.data.personal_rows import Value, numbered
 from charkha.data.rows import Row, row_as_record
 from charkha.data.splits import SplitKeys, SplitWish, held_out, joined, repetitions
@@ -175,19 +175,40 @@ def _write(
             outputs.append((stack.enter_context(_Output(eval_path)), evaluated))
         first = 0
         for file in files:
-            tasks = ((task, next(masks) if masking else {}) for task in open_rows(file.read.path, options).tasks)
+            tasks = _masked_tasks(file, options, masks if masking else None)
             for rows in map_ordered(_rows_of, tasks, None, workers):
                 for output, flags in outputs:
                     output.write(row for row, wanted in zip(rows, flags[first:], strict=False) if wanted)
                 first += len(rows)
         if first != len(train):
-            raise DataError("a file changed while it was read", where=str(files[0].read.path), remedy="run it again")
+            raise _changed(files[0].read.path)
 
 
-def _rows_of(_: None, task: tuple[RowTask, Mapping[Value, int]]) -> tuple[Row, ...]:
-    block, mask = task
+_MaskedTask = tuple[RowTask, "NDArray[np.bool_]", Mapping[Value, int]]
+
+
+def _masked_tasks(
+    file: IndexedFile, options: ReadOptions, masks: Iterator[dict[Value, int]] | None
+) -> Iterator[_MaskedTask]:
+    """Every block with which of its rows hold finds, and the numbers of their stand-ins; none without `masks`."""
+    first = 0
+    counts = iter(file.block_rows)
+    for task in open_rows(file.read.path, options).tasks:
+        count = next(counts, 0)  # of a block that was not there before: told where its rows are counted
+        yield task, file.finds.found[first : first + count], next(masks) if masks is not None else {}
+        first += count
+
+
+def _rows_of(_: None, task: _MaskedTask) -> tuple[Row, ...]:
+    block, found, mask = task
     rows = block.run().rows
-    return tuple(masked_row(row, mask) for row in rows) if mask else rows
+    if len(rows) != len(found):
+        raise _changed(block.path)
+    return masked_rows(rows, found, mask) if mask else rows
+
+
+def _changed(path: Path) -> DataError:
+    return DataError("the file changed while it was read", where=str(path), remedy="run the same command again")
 
 
 def _refuse_mixture(files: Sequence[IndexedFile]) -> None:

@@ -29,11 +29,6 @@ def _nf4_constants(weights: int, double_quantization: bool) -> int:
     return blocks + FULL_BYTES * (-(-blocks // 256) + 16 + 256 + 1)
 
 
-def int8_bytes(linear: Linear) -> int:
-    """Bytes of one LLM.int8 matrix: a byte a weight and an fp32 constant per row (bitsandbytes Int8Params)."""
-    return linear.weights + FULL_BYTES * linear.outputs
-
-
 def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) -> tuple[int, int]:
     """(codes, constants) of one layer's quantized matrices; (0, 0) where nothing is quantized.
 

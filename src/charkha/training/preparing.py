@@ -150,14 +150,22 @@ class _Reading:
 
     def _tasks(self, indexed: Sequence[IndexedFile], sides: _Sides) -> Iterator[EncodeTask]:
         first = 0
+        found = np.concatenate([np.zeros(0, np.bool_), *(file.finds.found for file in indexed)])
         masks = numbered([values for file in indexed for values in file.block_values])
         masking, kept_kinds = self.config.data.personal == "mask", tuple(self.config.data.personal_keep)
         for (path, options), file in zip(self.files(), indexed, strict=True):
             for task, count in zip(open_rows(path, replace(options, warn=False)).tasks, file.block_rows, strict=True):
                 place = slice(first, first + count)
                 mask = next(masks)
-                sent = mask if masking and mask else None  # None spares rows without finds the search
-                yield EncodeTask(str(path), task, sides.repeats[place], sides.held_out[place], sent, kept_kinds)
+                yield EncodeTask(
+                    str(path),
+                    task,
+                    sides.repeats[place],
+                    sides.held_out[place],
+                    mask if masking and mask else None,
+                    found[place],
+                    kept_kinds,
+                )
                 first += count
 
 
