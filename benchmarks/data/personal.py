@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "data")]
 
 from personal_cases import KINDS, negatives, positives  # noqa: E402
 
-from charkha.data.decoding import decode_text  # noqa: E402
+from charkha.data.decoding import as_utf8, detect_encoding  # noqa: E402
 from charkha.data.personal import find_personal  # noqa: E402
 from charkha.data.scan import texts_within  # noqa: E402
 from charkha.starter.paths import train_file  # noqa: E402
@@ -155,7 +155,8 @@ def strings(path: Path) -> Iterator[str]:
     """Every string of a JSON or JSONL file, every line of any other text file; nothing of other files."""
     if path.suffix not in (".json", ".jsonl", ".txt", ".csv", ".md"):
         return
-    text = decode_text(path.read_bytes()).text
+    data = path.read_bytes()
+    text = b"".join(as_utf8([data], detect_encoding(data[: 1 << 20]))).decode("utf-8", "replace")
     try:
         values = [json.loads(text)] if path.suffix == ".json" else None
         if path.suffix == ".jsonl":

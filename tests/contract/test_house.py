@@ -129,7 +129,7 @@ def defined_in(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("where", ["src", "tests", "tools"])
+@pytest.mark.parametrize("where", ["src", "tests", "tools", "benchmarks"])
 def test_names_are_imported_from_the_file_that_defines_them(where: str) -> None:
     wrong = []
     for path in sorted((ROOT / where).rglob("*.py")):
