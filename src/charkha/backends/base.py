@@ -19,7 +19,7 @@ class Streaming:
     """How a frozen base passes through the device layer by layer; see backends/torch/streaming.py."""
 
     slots: int = 2  # buffers of one layer each that the other layers take turns in
-    hot_layers: int = 0  # the first layers stay on the device, as many as fit
+    hot_layers: int = 0  # stay on the device, spread evenly over the base
     tier: Literal["auto", "ram", "disk"] = "auto"  # where the layers wait; a CPU always reads them from the disk
 
 

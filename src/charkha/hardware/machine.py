@@ -36,6 +36,9 @@ class Machine:
     ram_bytes: int | None  # None: not known, so host memory is told but not judged
     disk_free_bytes: int | None = None
     cpu_flops: float = 100e9  # of a process on two cores, fp32; only used without cards
+    # As `charkha doctor` measured them (hardware/speeds.py); None: not known.
+    host_to_device_bytes_per_s: float | None = None  # from pinned memory to the slowest card
+    disk_read_bytes_per_s: float | None = None  # of the disk where a streamed base waits
 
     @property
     def gpu(self) -> Gpu | None:

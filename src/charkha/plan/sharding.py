@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.optimizer_memory import OptimizerMemory, optimizer_memory
+from charkha.plan.streamed import streamed_base_bytes
 from charkha.plan.weights import (
     adapter_parameters,
     base_weight_bytes,
@@ -70,7 +71,7 @@ def _base(architecture: Architecture, settings: MemorySettings) -> int:
     if settings.is_deepspeed and settings.is_full:
         whole = settings.activation_bytes * architecture.parameters
     if settings.streamed:
-        return _streamed(architecture, settings, whole)
+        return streamed_base_bytes(architecture, settings)
     if not settings.shards_parameters:
         return whole
     _, constants = quantized_layer_bytes(architecture, settings)
@@ -78,13 +79,6 @@ def _base(architecture: Architecture, settings: MemorySettings) -> int:
     if "parameters" in settings.offload:
         return beside
     return (whole - beside) // settings.processes + beside
-
-
-def _streamed(architecture: Architecture, settings: MemorySettings, whole: int) -> int:
-    """Two slots that cold layers take turns in, layers that stay, and all that is in no layer."""
-    layer = layer_weight_bytes(architecture, settings)
-    held = min(architecture.layers, 2 + settings.streamed_resident_layers)
-    return whole - (architecture.layers - held) * layer
 
 
 def _states(trained: int, settings: MemorySettings, optimizer: OptimizerMemory) -> int:

@@ -24,12 +24,12 @@ from charkha.backends.torch.slabs import Piece, Slab
 from charkha.backends.torch.tensor_files import torch_dtype_of
 from charkha.backends.torch.transfers import DiskToDevice, DiskToMemory, RamToDevice, Slot, Traffic, Transfer
 from charkha.errors import EnvironmentProblem, TrainingFailed
+from charkha.plan.streamed import RAM_LEFT_BYTES, hot_layers_of
 from charkha.units import format_bytes
 
 logger = logging.getLogger(__name__)
 _POISON = 0xFF  # NaN in every float type; in packed weights numbers that nothing was trained beside
 _ORDER_KEPT = 4096  # loads whose order is remembered, for people who look
-_RAM_LEFT_BYTES = 4 << 30  # beside a pinned base, for the process, the system and checkpoints
 
 
 class WeightsOverwritten(TrainingFailed):
@@ -153,12 +153,12 @@ class Engine:
 
 
 def open_engine(slab: Slab, *, slots: int, hot_layers: int, tier: str, device: torch.device) -> Engine:
-    """An engine over a slab on a CPU or CUDA device; `hot_layers` first layers stay on the device.
+    """An engine over a slab on a CPU or CUDA device; `hot_layers` of its layers stay on the device.
 
     Raises EnvironmentProblem when nothing can be pinned.
     """
     traffic = Traffic()
-    hot = range(min(hot_layers, len(slab.layers)))
+    hot = hot_layers_of(len(slab.layers), hot_layers)
     poison = os.environ.get("CHARKHA_STREAMING_DEBUG") == "1"
     transfer = _transfer(slab, tier, device)(slab, traffic)
     return Engine(slab, transfer, traffic, slots=max(2, slots), hot=hot, device=device, poison=poison)
@@ -188,7 +188,7 @@ def _fits_in_ram(slab: Slab) -> bool:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    if slab.total_bytes + _RAM_LEFT_BYTES <= available:
+    if slab.total_bytes + RAM_LEFT_BYTES <= available:
         return True
     logger.warning(
         "the base needs %s of host RAM and %s are available; layers are read from the disk in every step",
