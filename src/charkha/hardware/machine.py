@@ -13,6 +13,7 @@ from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
 from charkha.hardware.probe import probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
+from charkha.hardware.speeds import cache_folder, remembered_speeds
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
 BASE_POWER_W = {
@@ -59,12 +60,15 @@ def this_machine(disk: Path) -> Machine:
     if not gpus and host.system.startswith("Darwin"):
         gpus = _apple_here(host.processor, host.ram_bytes)
     existing = next(folder for folder in (disk, *disk.parents) if folder.exists())
+    speeds = remembered_speeds([gpu.name for gpu in gpus], cache_folder())
     return Machine(
         name=gpus[0].name if gpus else host.processor,
         gpus=gpus,
         ram_bytes=host.ram_bytes,
         disk_free_bytes=shutil.disk_usage(existing).free,
         cpu_flops=_FLOPS_PER_CORE * host.physical_cores,
+        host_to_device_bytes_per_s=speeds.host_to_device_bytes_per_s,
+        disk_read_bytes_per_s=speeds.disk_read_bytes_per_s,
     )
 
 
@@ -123,6 +127,8 @@ def read_machine(path: Path) -> Machine:
         gpus=gpus,
         ram_bytes=_count(record, "ram_bytes", path),
         disk_free_bytes=_count(record, "disk_free_bytes", path),
+        host_to_device_bytes_per_s=_count(record, "host_to_device_bytes_per_s", path),
+        disk_read_bytes_per_s=_count(record, "disk_read_bytes_per_s", path),
     )
 
 
@@ -136,7 +142,13 @@ def machine_record(machine: Machine) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
         "ram_bytes": machine.ram_bytes,
         "disk_free_bytes": machine.disk_free_bytes,
+        "host_to_device_bytes_per_s": _whole(machine.host_to_device_bytes_per_s),
+        "disk_read_bytes_per_s": _whole(machine.disk_read_bytes_per_s),
     }
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def _gpu_of(entry: Any, path: Path) -> Gpu:

@@ -32,6 +32,7 @@ from charkha.backends.torch.tensor_files import (
     tensors_of_folder,
     torch_dtype_of,
 )
+from charkha.caches import own_cache
 from charkha.errors import DoesNotFit, EnvironmentProblem
 from charkha.store import durable
 from charkha.units import format_bytes
@@ -113,14 +114,6 @@ class Slab:
         return max(layer.byte_count for layer in self.layers)
 
 
-def slab_cache() -> Path:
-    """Where slabs are kept: $CHARKHA_CACHE, else the user's cache folder (XDG), each with `slabs` below it."""
-    own = os.environ.get("CHARKHA_CACHE")
-    if own:
-        return Path(own).expanduser() / "slabs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "charkha" / "slabs"
-
-
 def ensure_slab(
     base: Path,
     layers: Sequence[Sequence[LinearShape]],
@@ -139,7 +132,7 @@ def ensure_slab(
     """
     made_on = device if quantization != "none" else "cpu"
     key = SlabKey(base_fingerprint(base), quantization, dtype, made_on)
-    folder = (cache or slab_cache()) / key.folder_name
+    folder = (cache or own_cache() / "slabs") / key.folder_name
     weights = {tensor.name: tensor for part in tensors_of_folder(base).values() for tensor in part}
     _require_weights(weights, layers, base)
     with _locked(folder):
