@@ -11,7 +11,7 @@ from typing import Any
 
 from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
-from charkha.hardware.probe import probe_host
+from charkha.hardware.probe import cpu_has_bf16, probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
@@ -36,6 +36,8 @@ class Machine:
     ram_bytes: int | None  # None: not known, so host memory is told but not judged
     disk_free_bytes: int | None = None
     cpu_flops: float = 100e9  # of a process on two cores, fp32; only used without cards
+    cpu_bf16: bool = False  # whether the processor has instructions for it
+    here: bool = False  # this very computer, whose packages and libraries are what will run
 
     @property
     def gpu(self) -> Gpu | None:
@@ -62,6 +64,8 @@ def this_machine(disk: Path) -> Machine:
         ram_bytes=host.ram_bytes,
         disk_free_bytes=shutil.disk_usage(existing).free,
         cpu_flops=_FLOPS_PER_CORE * host.physical_cores,
+        cpu_bf16=cpu_has_bf16(),
+        here=True,
     )
 
 
