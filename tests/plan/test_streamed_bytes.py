@@ -55,7 +55,7 @@ def test_hot_layers_neither_move_nor_wait_and_the_disk_needs_two_buffers():
     hot = replace(STREAMED, streamed_resident_layers=24)
     layer = slab_layer_bytes(LLAMA_70B, hot)
     assert moved_bytes(LLAMA_70B, hot) == 2 * (56 - 2) * layer
-    assert waiting_bytes(LLAMA_70B, hot) == 56 * layer
+    assert waiting_bytes(LLAMA_70B, hot) == 80 * layer
     assert waiting_bytes(LLAMA_70B, replace(hot, streamed_from="disk")) == 2 * layer
     assert waiting_bytes(LLAMA_70B, replace(hot, device="cpu")) == 0
     assert moved_bytes(LLAMA_70B, replace(hot, streamed_resident_layers=79)) == 0

@@ -21,6 +21,7 @@ class Streaming:
     slots: int = 2  # buffers of one layer each that the other layers take turns in
     hot_layers: int = 0  # stay on the device, spread evenly over the base
     tier: Literal["auto", "ram", "disk"] = "auto"  # where the layers wait; a CPU always reads them from the disk
+    expected_hidden_share: float | None = None  # of copying, by the plan; said beside what is measured
 
 
 @dataclass(frozen=True)

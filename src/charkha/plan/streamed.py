@@ -6,7 +6,8 @@ which layers stay on the device is `hot_layers_of`, which the engine asks too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, MemorySettings
@@ -19,6 +20,9 @@ _SHARED_CODES_BYTES = FULL_BYTES * (16 + 256)  # values of 4-bit and of 8-bit co
 BOUNCE_BUFFERS = 2  # of one layer each, pinned, that layers pass through on their way from the disk
 # Beside a base in pinned memory, for the system and for a checkpoint that is being written.
 RAM_LEFT_BYTES = 4 << 30
+STREAMED_METHODS = ("lora", "rslora", "dora")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_TRANSPOSED = frozenset({"gpt2"})  # transformers' Conv1D
 _USUAL_RAM_GIB = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -50,6 +54,30 @@ def _aligned(size: int, alignment: int) -> int:
     return size + -size % alignment
 
 
+def why_not_streamed(
+    config: Mapping[str, Any], method: str, quantization: str, *, processes: int, device: str
+) -> str | None:
+    """Why a base cannot be streamed, by its config.json and the run's settings; None where nothing is known against it.
+
+    Training asks the model's own class beside it (backends/torch/streamed_model.py).
+    """
+    if method not in STREAMED_METHODS:
+        return f"adapter.method {method} does not go with a streamed base"
+    if processes > 1:
+        return f"{processes} processes would each stream the base on their own"
+    if device == "mps":
+        return "an Apple GPU shares its memory with the CPU, so nothing is gained by streaming"
+    if quantization not in ("none", "nf4", "fp4"):
+        return f"a base in {quantization} is not streamed"
+    if config.get("quantization_config"):
+        return "a base whose files are stored in 4 or 8 bits is not streamed"
+    if any(config.get(key) for key in _EXPERT_KEYS):
+        return "experts in one 3-D tensor are not streamed"
+    if config.get("model_type") in _TRANSPOSED:
+        return "this architecture's layers are no plain linear layers, so they are not streamed"
+    return None
+
+
 def cold_layers(architecture: Architecture, settings: MemorySettings) -> int:
     """Layers that take turns in the slots."""
     return max(0, architecture.layers - settings.streamed_resident_layers)
@@ -79,16 +107,16 @@ def streamed_base_bytes(architecture: Architecture, settings: MemorySettings) ->
 
 
 def waiting_bytes(architecture: Architecture, settings: MemorySettings) -> int:
-    """Host memory in which layers wait: every cold one, pinned; two buffers where they come from the disk.
+    """Pinned host memory in which layers wait: the whole slab; two buffers where they come from the disk.
 
     None on a CPU, whose slots are host memory already and are filled from the disk's cache. One range is registered
     whole, so nothing is rounded up but to a page.
     """
     if settings.device == "cpu":
         return 0
-    cold = cold_layers(architecture, settings)
-    count = cold if settings.streamed_from == "ram" else min(cold, BOUNCE_BUFFERS)
-    return count * slab_layer_bytes(architecture, settings)
+    if settings.streamed_from == "ram":
+        return slab_bytes(architecture, settings)
+    return BOUNCE_BUFFERS * slab_layer_bytes(architecture, settings)
 
 
 def slab_bytes(architecture: Architecture, settings: MemorySettings) -> int:

@@ -20,6 +20,7 @@ from charkha.plan.streamed import cold_layers, hot_layers_of, moved_bytes, slab_
 # A PCIe 4.0 x4 NVMe disk, sustained; data sheets say up to 7.4.
 ASSUMED_DISK_BYTES_PER_S = 5e9
 ASSUMED_LINK_BYTES_PER_S = 12e9  # where no card is known
+FORWARD_SHARE = 0.3  # of a micro step's computing, about: see below
 FREE_SHARE = 0.01  # of the computing: waiting up to this counts as free
 _MOST_TOKENS = 1 << 20
 # Forward's share of what one checkpointed layer costs: it is run twice, and its backward adds the inputs' gradient.

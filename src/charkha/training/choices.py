@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan, Streaming
+from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem, EnvironmentProblem
 from charkha.optimizers import BITSANDBYTES_OPTIMIZERS
@@ -112,13 +112,6 @@ class Chooser:
         if self._config.adapter.method == "full":
             raise _refused("adapter.method", "full", f"the base's files are stored in {stored}", "lora")
         return self._choose("model.quantization", stored, f"the base's files are stored in {stored}")
-
-    def streaming(self) -> Streaming | None:
-        """How the base is streamed; None where it is resident. How many layers stay is for a planner to say: none."""
-        asked = self._config.model.placement
-        if asked == "auto":
-            self._choose("model.placement", "resident", "the whole base is held on the device")
-        return Streaming() if asked == "streamed" else None
 
     def _flash_attention_missing(self, dtype: str) -> str | None:
         """Why FlashAttention 2 cannot be used here; None when it can (Ampere or newer, 16-bit types, package)."""
@@ -258,9 +251,30 @@ class Chooser:
             return self._choose("training.eval_every", steps_per_epoch, "steps: once an epoch, and at the end")
         return asked if isinstance(asked, int) else max(1, round(asked * steps_per_epoch))
 
-    def _choose(self, key: str, value: Value, reason: str) -> Value:
-        self.choices.append(Choice(key, value, reason))
+    def unrecorded(self) -> Chooser:
+        """Another one with the same rules, for what is only considered."""
+        return Chooser(self._config, self._facts)
+
+    def streamed_step(self, micro_batch_size: int, longest_row: int, vocabulary: int) -> None:
+        """Records what a streamed base's step is, in the place of what was chosen for a resident one."""
+        training = self._config.training
+        if training.micro_batch_size == "auto":
+            self.choose("training.micro_batch_size", micro_batch_size, "a streamed base passes once in each")
+        self._checkpointing_of_streamed(training.gradient_checkpointing)
+        self.loss_head(micro_batch_size, longest_row, vocabulary)
+
+    def choose(self, key: str, value: Value, reason: str) -> Value:
+        """Records a choice, in the place of an earlier one of the same key."""
+        made = Choice(key, value, reason)
+        places = [place for place, choice in enumerate(self.choices) if choice.key == key]
+        if places:
+            self.choices[places[0]] = made
+        else:
+            self.choices.append(made)
         return value
+
+    def _choose(self, key: str, value: Value, reason: str) -> Value:
+        return self.choose(key, value, reason)
 
 
 @dataclass(frozen=True)

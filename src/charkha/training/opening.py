@@ -32,6 +32,7 @@ from charkha.training.dataset import PreparedData, open_prepared
 from charkha.training.fallback import apply_limit
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
+from charkha.training.placing import streaming_of, unplanned_streaming
 from charkha.training.planned_settings import choose_model, chosen_step, planned_settings
 from charkha.training.preparing import prepare_data
 from charkha.training.preview import Preview, preview
@@ -63,7 +64,7 @@ class Session:
 def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, proved_leak: str | None = None) -> Session:
     """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock."""
     from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
-    from charkha.backends.torch.streamed_model import require_streamable
+    from charkha.backends.torch.streamed_model import why_refused
 
     config = loaded.config
     require_trackers(config.report_to)
@@ -75,12 +76,12 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     skeleton = build_skeleton(base_folder)
     parameters = architecture.parameters if architecture else about_base.parameters
     model = choose_model(config, chooser, here.machine, base_config, parameters, attention_kernels(skeleton))
-    base = BaseModelSpec(
-        base_folder, model.dtype, model.attention, model.quantization, here.facts.device, model.streaming
-    )
+    base = BaseModelSpec(base_folder, model.dtype, model.attention, model.quantization, here.facts.device)
     adapter = adapter_spec(config)
-    if base.streaming is not None:
-        require_streamable(skeleton, base, adapter, model.processes)
+    refusal = why_refused(skeleton, base, adapter, model.processes)
+    if refusal is not None and config.model.placement == "streamed":
+        raise refusal
+    model = replace(model, cannot_stream=None if refusal is None else refusal.message)
     require_fit(skeleton, base, adapter)
     max_length = chooser.max_length(architecture.max_positions if architecture else about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
@@ -100,10 +101,12 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
+        base = replace(base, streaming=unplanned_streaming(config, chooser))
         memory = Preview(None, unknown)
     else:
         planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
         step, reasons = planned.step, planned.reasons
+        base = replace(base, streaming=streaming_of(architecture, planned.settings, here.machine))
         memory = preview(architecture, planned.settings)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)

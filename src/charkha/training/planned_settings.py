@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from charkha.backends.base import Dtype, Streaming
+from charkha.backends.base import Dtype
 from charkha.config import CARRIED_OUT, Config, unsupported
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.base_checks import stored_quantization
-from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory_settings import MemorySettings, Method, Strategy
 from charkha.plan.packing_support import BY_MASK
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
+from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
+from charkha.training.placing import place
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _OFFLOADS = ("optimizer", "parameters", "activations")
@@ -37,8 +38,8 @@ class ModelChoices:
     attention: str
     quantization: str
     processes: int
-    streaming: Streaming | None
     model_type: str  # as config.json has it
+    cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ def choose_model(
     return ModelChoices(
         dtype=dtype,
         attention=chooser.attention(dtype, without if kernels is None else kernels),
-        quantization=chooser.quantization(stored_quantization(base_config)),
-        processes=_processes(config, chooser, machine),
-        streaming=chooser.streaming(),
+        quantization=(quantization := chooser.quantization(stored_quantization(base_config))),
+        processes=(processes := _processes(config, chooser, machine)),
         model_type=model_type,
+        cannot_stream=why_not_streamed(
+            base_config, config.adapter.method, quantization, processes=processes, device=machine.device
+        ),
     )
 
 
@@ -104,8 +107,14 @@ def planned_settings(
     settings = _settings(config, model, machine, rows, step)
     settings = with_the_loss_that_runs(settings, architecture)
     settings = _shared_out(settings, config, architecture, machine, reasons)
-    settings = _placed(settings, architecture, machine, reasons)
-    return PlannedSettings(settings, step, (*reasons, *_not_carried_out(config)))
+    placed = place(config, chooser, settings, architecture, machine, rows, model.cannot_stream)
+    step = replace(
+        step,
+        micro_batch_size=placed.settings.rows,
+        gradient_checkpointing=placed.settings.gradient_checkpointing,
+        loss_head=placed.settings.loss_head if placed.settings.loss_kernel == "own" else step.loss_head,
+    )
+    return PlannedSettings(placed.settings, step, (*reasons, *placed.reasons, *_not_carried_out(config)))
 
 
 def chosen_step(
@@ -159,7 +168,6 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         processes=model.processes,
         offload=_offload(config),
         workspace_bytes=_workspace(machine),
-        streamed=model.streaming is not None and adapter.method != "full",
     )
 
 
@@ -239,32 +247,6 @@ def _shared_out(
 def _with_hooks(settings: MemorySettings) -> MemorySettings:
     """FSDP beside frozen weights as it was measured in published runs, which all had the hooks that keep inputs."""
     return replace(settings, hooks_keep_inputs=settings.strategy == "fsdp" and not settings.is_full)
-
-
-def _placed(
-    settings: MemorySettings, architecture: Architecture, machine: Machine, reasons: list[str]
-) -> MemorySettings:
-    """A streamed base with as many layers on the device as fit; on this computer none stay, as training does it."""
-    if not settings.streamed or machine.here:
-        return settings
-    resident = most_resident_layers(architecture, settings, machine)
-    reasons.append(f"model.placement: streamed ({resident} of {architecture.layers} layers stay on the device)")
-    return replace(settings, streamed_resident_layers=resident)
-
-
-def most_resident_layers(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int:
-    """How many layers of a streamed base fit beside everything else."""
-    low, high = 0, architecture.layers - 2
-    while low < high:
-        middle = (low + high + 1) // 2
-        memory: DeviceMemory = evaluate(
-            architecture, replace(settings, streamed_resident_layers=middle), replace(machine, ram_bytes=None)
-        ).memory
-        if machine.gpu and memory.least <= machine.gpu.memory_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _not_carried_out(config: Config) -> list[str]:

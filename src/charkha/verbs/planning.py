@@ -31,6 +31,7 @@ from charkha.training.choices import Chooser, steps_of_an_epoch
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
 from charkha.training.sources import sources_of
 from charkha.units import format_bytes
+from charkha.verbs.planned_streaming import streamed_plan
 from charkha.verbs.planned_trace import Traced, traced_peak
 
 _NO_CONFIG = "put the model's config.json there"
@@ -84,6 +85,9 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     record["reasons"] = [*(str(choice) for choice in chooser.choices), *planned.reasons, *notes]
     record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
     record["reasons"] += _verdicts(record, found, machine)
+    streamed = streamed_plan(architecture, found, machine, record["host_ram_bytes"])
+    record["streaming"] = streamed.record if streamed else None
+    record["reasons"] += streamed.reasons if streamed else ()
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
     if wish.buy_or_rent:
         record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)

@@ -55,6 +55,17 @@ def require_streamable(skeleton: PreTrainedModel, base: BaseModelSpec, adapter: 
             )
 
 
+def why_refused(
+    skeleton: PreTrainedModel, base: BaseModelSpec, adapter: AdapterSpec, processes: int
+) -> UsageError | None:
+    """What `require_streamable` raises for it; None where it can be streamed."""
+    try:
+        require_streamable(skeleton, base, adapter, processes)
+    except UsageError as refusal:
+        return refusal
+    return None
+
+
 def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
     """The base with its engine. `load(kind)` loads the files into a model class as for a resident base."""
     import torch

@@ -24,6 +24,7 @@ from charkha.backends.torch.slabs import Piece, Slab
 from charkha.backends.torch.tensor_files import torch_dtype_of
 from charkha.backends.torch.transfers import DiskToDevice, DiskToMemory, RamToDevice, Slot, Traffic, Transfer
 from charkha.errors import EnvironmentProblem, TrainingFailed
+from charkha.hardware.memory_limit import memory_limit_bytes
 from charkha.plan.streamed import RAM_LEFT_BYTES, hot_layers_of
 from charkha.units import format_bytes
 
@@ -180,7 +181,8 @@ def _ram_or_disk(slab: Slab, traffic: Traffic) -> Transfer:
     try:
         return RamToDevice(slab, traffic)
     except EnvironmentProblem as problem:
-        logger.warning("%s; layers are read from the disk in every step, which is slower", problem.message)
+        slower = "layers are read from the disk in every step, which is slower"
+        logger.warning("%s; %s. To change that: %s", problem.message, slower, problem.remedy)
         return DiskToDevice(slab, traffic)
 
 
@@ -188,6 +190,7 @@ def _fits_in_ram(slab: Slab) -> bool:
     import psutil
 
     available = int(psutil.virtual_memory().available)
+    available = min(available, memory_limit_bytes() or available)
     if slab.total_bytes + RAM_LEFT_BYTES <= available:
         return True
     logger.warning(
