@@ -106,6 +106,9 @@ def test_proposals_fit_and_name_the_keys_to_change(workshop: Path) -> None:
 
 def test_several_cards_share_the_work(workshop: Path) -> None:
     full = ("--set", "adapter.method=full", "--set", "model.quantization=none")
+    # For auto one card would get states in 8 bits, and eight would get larger micro batches.
+    step = ("optimizer=adamw_torch_fused", "micro_batch_size=2", "gradient_checkpointing=full", "loss_head=chunked")
+    full += tuple(part for value in step for part in ("--set", f"training.{value}"))
     one = plan(workshop, "--gpu", "a100", *full, code=3)
     eight = plan(workshop, *("--gpu", "a100") * 8, *full)
     assert eight["devices"] == 8
@@ -199,7 +202,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, allocated: int, reserved: int) -> li
             peak_moment="backward",
         )
 
-    monkeypatch.setattr("charkha.verbs.planned_trace.trace_memory", trace_memory)
+    monkeypatch.setattr("charkha.training.planned_trace.trace_memory", trace_memory)
     return asked
 
 

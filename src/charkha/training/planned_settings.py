@@ -15,6 +15,7 @@ from charkha.config import CARRIED_OUT, Config, unsupported
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
+from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way, pick
 from charkha.plan.base_checks import stored_quantization
 from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.loss_memory import with_the_loss_that_runs
@@ -47,6 +48,7 @@ class PlannedSettings:
 
     settings: MemorySettings
     step: StepMemory
+    way: Way | None  # as the search judged it; None where the planner does not cover the base
     reasons: tuple[str, ...]
 
 
@@ -98,29 +100,92 @@ def planned_settings(
     rows: Rows,
 ) -> PlannedSettings:
     """What training holds for one micro batch of the longest rows, on each device of `machine`."""
-    reasons: list[str] = []
     chooser.simple_defaults()
-    step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
-    settings = _settings(config, model, machine, rows, step)
-    settings = with_the_loss_that_runs(settings, architecture)
-    settings = _shared_out(settings, config, architecture, machine, reasons)
-    settings = _placed(settings, architecture, machine, reasons)
-    return PlannedSettings(settings, step, (*reasons, *_not_carried_out(config)))
+    reasons: list[str] = []
+    if architecture.learned_positions:
+        step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
+        settings = _placed_settings(config, model, architecture, machine, rows, step, reasons)
+        reasons.insert(0, fixed_values_note(f"what {architecture.model_type} keeps is not counted in full"))
+        return PlannedSettings(settings, step, None, (*reasons, *_not_carried_out(config)))
+    open_keys = _open_keys(config)
+    start = _placed_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
+    free = Free(open_keys, chooser.has_bitsandbytes())
+    picked = pick(architecture, start, free, machine, rows, config.training.batch_size)
+    settings = picked.way.settings
+    for key, value in _values(settings).items():
+        if key in open_keys:
+            chooser.take(key, value, picked.reasons[key])
+    if model.streaming is not None:
+        chooser.gradient_checkpointing(rows.longest, architecture.parameters)
+    step = StepMemory(
+        settings.rows, settings.gradient_checkpointing, settings.loss_head, chooser.optimizer(settings.optimizer)
+    )
+    return PlannedSettings(settings, step, picked.way, (*reasons, *_not_carried_out(config)))
+
+
+def fixed_values_note(why: str) -> str:
+    """Said where no plan decides."""
+    return f"micro batch, checkpointing, loss head and optimizer are fixed values where they are auto: {why}"
+
+
+def _open_keys(config: Config) -> frozenset[str]:
+    """The keys of memory and speed that are `auto` and that nothing else decides."""
+    training = config.training
+    taken = {CHECKPOINTING} if config.model.placement == "streamed" else set()
+    taken |= {LOSS_HEAD} if training.fused_kernels == "liger" else set()
+    names = (MICRO_BATCH, CHECKPOINTING, LOSS_HEAD, OPTIMIZER)
+    return frozenset(key for key in names if getattr(training, key.partition(".")[2]) == "auto") - taken
+
+
+def _values(settings: MemorySettings) -> dict[str, str | int]:
+    return {
+        MICRO_BATCH: settings.rows,
+        CHECKPOINTING: "full" if settings.gradient_checkpointing else "none",
+        LOSS_HEAD: settings.loss_head,
+        OPTIMIZER: settings.optimizer,
+    }
+
+
+def _leanest(config: Config, model: ModelChoices) -> StepMemory:
+    """What the config says, and where it says auto what needs least."""
+    training = config.training
+    asked, micro = training.gradient_checkpointing, training.micro_batch_size
+    per_device = max(1, training.batch_size // model.processes)
+    return StepMemory(
+        micro_batch_size=1 if micro == "auto" else min(micro, per_device),
+        gradient_checkpointing=asked in ("auto", "full", "selective", True),
+        loss_head="chunked" if training.loss_head == "auto" else training.loss_head,
+        optimizer=USUAL_OPTIMIZER if training.optimizer == "auto" else training.optimizer,
+    )
 
 
 def chosen_step(
     config: Config, chooser: Chooser, model: ModelChoices, rows: Rows, parameters: int, vocabulary: int
 ) -> StepMemory:
-    """Micro batch, checkpointing, loss head and optimizer."""
+    """Micro batch, checkpointing, loss head and optimizer by fixed rules: for a base that no plan covers."""
     per_device = max(1, config.training.batch_size // model.processes)
     micro = min(chooser.micro_batch_size(rows.longest, packed=rows.packed, processes=model.processes), per_device)
-    selective = config.training.gradient_checkpointing == "selective"
     return StepMemory(
         micro_batch_size=micro,
-        gradient_checkpointing=selective or chooser.gradient_checkpointing(rows.longest, parameters),
-        loss_head=_loss_head(config, chooser, micro, rows.longest, vocabulary),
+        gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
+        loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
     )
+
+
+def _placed_settings(
+    config: Config,
+    model: ModelChoices,
+    architecture: Architecture,
+    machine: Machine,
+    rows: Rows,
+    step: StepMemory,
+    reasons: list[str],
+) -> MemorySettings:
+    """The settings of that step, and how devices and host share it out; what was decided there goes to `reasons`."""
+    settings = with_the_loss_that_runs(_settings(config, model, machine, rows, step), architecture)
+    settings = _shared_out(settings, config, architecture, machine, reasons)
+    return _placed(settings, architecture, machine, reasons)
 
 
 def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows, step: StepMemory) -> MemorySettings:
@@ -193,12 +258,6 @@ def _method(config: Config) -> Method:
 def _targets(config: Config) -> str | tuple[str, ...]:
     wanted = config.adapter.target_modules
     return wanted if isinstance(wanted, str) else tuple(wanted)
-
-
-def _loss_head(config: Config, chooser: Chooser, micro: int, longest: int, vocabulary: int) -> Any:
-    if config.training.fused_kernels == "liger" and config.training.loss_head == "auto":
-        return "chunked"
-    return chooser.loss_head(micro, longest, vocabulary)
 
 
 def _offload(config: Config) -> frozenset[str]:

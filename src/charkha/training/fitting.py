@@ -1,0 +1,76 @@
+"""Whether a new run is begun at all, by what its plan says of memory; what would fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from charkha.config import Config
+from charkha.errors import DoesNotFit
+from charkha.hardware.machine import Machine
+from charkha.plan.architecture import Architecture
+from charkha.plan.autos import Way
+from charkha.plan.rows import Rows
+from charkha.plan.search import longest_that_fits, machines_that_fit, propose
+from charkha.training.planned_settings import PlannedSettings
+from charkha.units import format_bytes
+
+_MACHINES_NAMED = 4
+
+
+def require_memory(
+    config: Config, architecture: Architecture, machine: Machine, rows: Rows, planned: PlannedSettings
+) -> None:
+    """Returns where the run fits, or might by the planner's own error. Raises DoesNotFit with what would fit."""
+    if planned.way is None or planned.way.fit != "too_much":
+        return
+    raise DoesNotFit(
+        f"the plan says that this run does not fit: {_figures(planned.way, machine)}",
+        where="training",
+        remedy="\n  ".join(["one of these:", *_remedies(config, architecture, machine, rows, planned)]),
+    )
+
+
+def fit_note(planned: PlannedSettings, machine: Machine) -> str | None:
+    """What to say of a run that is begun with little room, or none by its plan."""
+    if planned.way is None or planned.way.fit in ("unknown", "roomy", "spare"):
+        return None
+    figures = _figures(planned.way, machine)
+    if planned.way.fit == "bare":
+        return f"memory is short: {figures}; that is less room than a plan may be off by"
+    wrong = "a plan may be off by that much" if planned.way.fit == "near" else "by more than a plan is usually off by"
+    return f"the plan says that this run does not fit: {figures}; {wrong}"
+
+
+def _figures(way: Way, machine: Machine) -> str:
+    limit = way.candidate.limit_bytes or 0
+    where = machine.name if machine.gpus else "this computer's memory"
+    whole = machine.gpu.memory_bytes if machine.gpu else machine.ram_bytes
+    of = f" of {format_bytes(whole)}" if whole and whole > limit else ""
+    each = " for each process" if way.settings.processes > 1 else ""
+    return f"it needs at least {format_bytes(way.needs)}, and {where} has {format_bytes(limit)}{of} free{each}"
+
+
+def _remedies(
+    config: Config, architecture: Architecture, machine: Machine, rows: Rows, planned: PlannedSettings
+) -> Iterator[str]:
+    settings = planned.settings
+    told = set()
+    for proposal in propose(architecture, settings, machine, rows):
+        changes = {key: value for key, value in proposal.changes.items() if not _is_auto(config, key)}
+        text = " ".join(f"--set {key}={value}" for key, value in changes.items())
+        if text and text not in told and proposal.name != "longest_context":
+            told.add(text)
+            yield f"{text} (needs {format_bytes(proposal.candidate.memory.least)})"
+    tokens = longest_that_fits(architecture, settings, machine)
+    if tokens:
+        yield f"rows of at most {tokens} tokens: data.max_length: {tokens}, with data.overlong: drop or split"
+    machines = machines_that_fit(architecture, settings)[:_MACHINES_NAMED]
+    if machines:
+        yield f"a larger machine: {', '.join(f'{count} x {gpu}' for count, gpu in machines)}"
+    yield "free memory that other programs hold" if machine.here else "another machine"
+    yield "--ignore-plan, which begins all the same"
+
+
+def _is_auto(config: Config, key: str) -> bool:
+    section, name = key.split(".")
+    return bool(getattr(getattr(config, section), name) == "auto")
