@@ -291,6 +291,32 @@ def test_real_rows_are_measured_where_the_tokenizer_is(workshop: Path) -> None:
     assert not any("no tokenizer" in reason for reason in record["reasons"])
 
 
+def test_the_plan_says_what_packing_saves(workshop: Path) -> None:
+    short, long = '{"text": "a"}\n', '{"text": "' + "some words " * 40 + '"}\n'
+    (workshop / "rows.jsonl").write_text((short * 9 + long) * 40)
+    starter = ("--gpu", "rtx 4090", "--set", "model.base=starter", "--set", "data.eval=null")
+    fixed = (*starter, "--set", "data.max_length=256", "--set", "model.quantization=none")
+    record = plan(workshop, *fixed, "--set", "data.packing=false")
+    (packed,) = (one for one in record["alternatives"] if one["name"] == "packing")
+    assert packed["changes"] == {"data.packing": True}
+    assert packed["seconds"] < record["seconds"]
+    there = plan(workshop, *fixed, "--set", "data.packing=true")
+    assert there["seconds"] == packed["seconds"]
+    assert [one["name"] for one in there["alternatives"]][-1] == "no_packing"
+
+
+def test_hours_are_those_of_the_rows_as_they_are_padded(workshop: Path) -> None:
+    """One long row in ten, grouped by length: far from the time of long rows, and not the mean of both either."""
+    short, long = '{"text": "a"}\n', '{"text": "' + "some words " * 40 + '"}\n'
+    starter = ("--gpu", "rtx 3050", "--set", "model.base=starter", "--set", "data.eval=null")
+    fixed = (*starter, "--set", "model.quantization=none", "--set", "training.micro_batch_size=16")
+    times = {}
+    for name, text in {"long": long * 400, "skewed": (short * 9 + long) * 40}.items():
+        (workshop / "rows.jsonl").write_text(text)
+        times[name] = plan(workshop, *fixed, "--set", "data.packing=false", "--set", "data.max_length=256")["seconds"]
+    assert times["skewed"] < 0.6 * times["long"]
+
+
 def test_the_closed_form_of_70_billion_parameters_takes_under_a_second_and_no_framework(workshop: Path) -> None:
     big = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | big))

@@ -23,10 +23,11 @@ def epoch_seconds(
     for batches in rows.micro_batches(settings.rows, batch_size):
         if not batches.count:
             continue
-        shape = replace(settings, tokens=max(1, round(batches.tokens)), trained_positions=None)
+        tokens = max(1, round(batches.tokens))
+        shape = replace(settings, rows=max(1, round(batches.positions / tokens)), tokens=tokens, trained_positions=None)
+        full = shape.rows * tokens
         shape = replace(shape, trained_positions=max(1, round(share * shape.positions)))
         time = step_time(architecture, shape, machine.gpu, cpu_flops=machine.cpu_flops)
-        full = settings.rows * shape.tokens
         seconds += batches.count * time.micro_batch_seconds * batches.positions / full
     optimizer = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops).optimizer_seconds
     return seconds / settings.processes + rows.steps(batch_size) * optimizer

@@ -12,7 +12,7 @@ class MicroBatches:
 
     count: int
     positions: float  # of one on average, padding counted
-    tokens: float  # of one row on average, padding counted
+    tokens: float  # that attention looks over: of a row, padding counted; of a document where rows are packed
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def open_session(
     proved_leak = proved_leak or manifest.get("packing_leak")
     packing = choose_packing(config, chooser, data.train.lengths, max_length, model, here.facts.device, proved_leak)
     reasons: tuple[str, ...] = ()
-    rows = rows_of(data, packing, config)
+    rows = rows_of(data, packing, config, model)
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)

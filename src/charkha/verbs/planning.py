@@ -69,19 +69,21 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
-    rows, has_eval, notes = _rows(loaded, base, max_length, chooser, model, machine)
+    data = _data(loaded, base, max_length, chooser, model, machine)
+    rows = data.rows
     planned = planned_settings(loaded.config, chooser, model, architecture, machine, rows)
     if rows.count is not None:
-        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), has_eval)
+        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), data.has_eval)
     found = evaluate(architecture, planned.settings, machine)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
     record = plan_record(loaded.config, architecture, machine, rows, found, traced)
     record["choices"] = [asdict(choice) for choice in chooser.choices]
-    said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *notes]
+    said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
     record["reasons"] = [*said, *record["reasons"]]
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    record["alternatives"] += _packing(loaded.config, model, architecture, machine, data)
     if wish.buy_or_rent:
         record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
     if not record["fits"]:
@@ -133,13 +135,20 @@ def _architecture(base: _Base) -> Architecture:
         ) from None
 
 
-def _rows(
-    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
-) -> tuple[Rows, bool, list[str]]:
-    """(rows, whether any are held out, notes): lengths as they will be trained where the tokenizer is here.
+@dataclass(frozen=True)
+class _Data:
+    """What is known of the rows; `other` are the same packed, or the same unpacked, where that could be chosen too."""
 
-    Else every row is taken as long as max_length.
-    """
+    rows: Rows
+    has_eval: bool
+    notes: tuple[str, ...] = ()
+    other: Rows | None = None
+
+
+def _data(
+    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> _Data:
+    """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
     from charkha.data.formats import read_rows
 
     files, missing = _files(loaded)
@@ -152,7 +161,7 @@ def _rows(
     else:
         count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
     packed = loaded.config.data.packing is True
-    return Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), notes
+    return _Data(Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), tuple(notes))
 
 
 def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
@@ -166,8 +175,8 @@ def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
 
 def _tokenized(
     loaded: LoadedConfig, folder: Path, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
-) -> tuple[Rows, bool, list[str]]:
-    from charkha.training.packing_choice import choose_packing
+) -> _Data:
+    from charkha.training.packing_choice import choose_packing, packing_option
     from charkha.training.preparing import prepare_data
     from charkha.training.row_facts import rows_of
 
@@ -177,9 +186,11 @@ def _tokenized(
         loaded = replace(loaded, config=config.model_copy(update={"data": data}))
     with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
         prepared = prepare_data(loaded, folder, Path(scratch), max_length, None)
-        packing = choose_packing(config, chooser, prepared.train.lengths, max_length, model, machine.device)
-        rows = rows_of(prepared, packing, config)
-    return rows, prepared.eval is not None, []
+        lengths = prepared.train.lengths
+        packing = choose_packing(config, chooser, lengths, max_length, model, machine.device)
+        option = None if packing else packing_option(config, lengths, max_length, model)
+        other = rows_of(prepared, option, config, model) if packing or option else None
+        return _Data(rows_of(prepared, packing, config, model), prepared.eval is not None, other=other)
 
 
 def _alternatives(
@@ -206,6 +217,29 @@ def _alternatives(
             }
         )
     return made
+
+
+def _packing(
+    config: Config, model: ModelChoices, architecture: Architecture, machine: Machine, data: _Data
+) -> list[dict[str, Any]]:
+    """The same epochs with rows packed, or not: what padding costs. Nothing where steps are counted, not epochs."""
+    other = data.other
+    if other is None or other.count is None or config.training.max_steps is not None:
+        return []
+    chooser = Chooser(config, device_facts(machine))
+    planned = planned_settings(config, chooser, model, architecture, machine, other)
+    candidate = evaluate(architecture, planned.settings, machine)
+    steps = [rows.steps(config.training.batch_size) for rows in (data.rows, other)]
+    how = f"{other.count} rows of up to {other.longest} tokens"
+    return [
+        {
+            "name": "packing" if other.packed else "no_packing",
+            "changes": {"data.packing": other.packed},
+            "reason": f"{how}: {steps[1]} optimizer steps an epoch in the place of {steps[0]}",
+            "fits": candidate.fits,
+            **_short(config, architecture, machine, other, candidate),
+        }
+    ]
 
 
 def _short(
