@@ -48,6 +48,14 @@ def test_the_nearest_limit_of_all_groups_above_a_service_counts(tmp_path: Path) 
     assert free_host_bytes(root, own) == 2 * GIB
 
 
+def test_a_group_of_version_one_below_the_root(tmp_path: Path) -> None:
+    root = group(tmp_path / "cgroup")
+    group(root / "memory/jobs/one", memory__limit_in_bytes=3 * GIB, memory__usage_in_bytes=GIB)
+    own = tmp_path / "own"
+    own.write_text("7:cpu,cpuacct:/other\n5:memory:/jobs/one\n1:name=systemd:/init.scope\n")
+    assert free_host_bytes(root, own) == 2 * GIB
+
+
 def test_version_one_and_a_group_over_its_limit(tmp_path: Path) -> None:
     root = group(tmp_path / "cgroup")
     group(root / "memory", memory__limit_in_bytes=GIB, memory__usage_in_bytes=2 * GIB)

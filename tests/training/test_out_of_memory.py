@@ -113,6 +113,18 @@ def test_it_is_begun_all_the_same_when_told_so_or_when_it_has_begun_before(
     assert not chosen  # more memory is free now, and what was decided stands
 
 
+def test_accepted_changes_decide_anew_but_for_the_optimizer_whose_state_was_saved(project: MakeProject) -> None:
+    work = project(training={"max_steps": 2, "micro_batch_size": "auto"}, data={"eval": None})
+    work.train(stop_at=1)
+    frozen = work.run_folder() / "charkha.yaml"
+    text = frozen.read_text()
+    assert "optimizer: adamw_torch_fused" in text
+    frozen.write_text(text.replace("optimizer: adamw_torch_fused", "optimizer: adamw_torch"))
+    result = CliRunner().invoke(app, ["train", str(work.config), "--accept-changes"])
+    assert result.exit_code == 0, result.output
+    assert "optimizer: adamw_torch\n" in frozen.read_text()
+
+
 def test_plan_json_is_the_record_of_the_plan_command(project: MakeProject, monkeypatch: pytest.MonkeyPatch) -> None:
     work = project(training={"max_steps": 1, "micro_batch_size": "auto"})
     leave_free(monkeypatch, 8 * 1024 * MIB)

@@ -22,11 +22,14 @@ def free_host_bytes(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgrou
 
 def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
     """The process's group and all above it; in a container its own is the root that is seen."""
-    yield from (cgroups, cgroups / "memory")  # version 2; version 1
     lines = own.read_text(encoding="utf-8").splitlines() if own.is_file() else []
-    for path in (line.removeprefix("0::") for line in lines if line.startswith("0::")):
-        group = cgroups / path.lstrip("/")
-        while group != cgroups and cgroups in group.parents:
+    yield from (cgroups, cgroups / "memory")
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = cgroups / "memory" if controllers else cgroups  # version 1 has a tree for each controller
+        group = root / path.lstrip("/")
+        while root in group.parents:
             yield group
             group = group.parent
 

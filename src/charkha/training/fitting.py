@@ -9,6 +9,7 @@ from charkha.errors import DoesNotFit
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.autos import Way
+from charkha.plan.device_memory import host_memory_bytes
 from charkha.plan.rows import Rows
 from charkha.plan.search import longest_that_fits, machines_that_fit, propose
 from charkha.training.planned_settings import PlannedSettings
@@ -24,30 +25,33 @@ def require_memory(
     if planned.way is None or planned.way.fit != "too_much":
         return
     raise DoesNotFit(
-        f"the plan says that this run does not fit: {_figures(planned.way, machine)}",
+        f"the plan says that this run does not fit: {_figures(architecture, planned.way, machine)}",
         where="training",
         remedy="\n  ".join(["one of these:", *_remedies(config, architecture, machine, rows, planned)]),
     )
 
 
-def fit_note(planned: PlannedSettings, machine: Machine) -> str | None:
+def fit_note(architecture: Architecture, planned: PlannedSettings, machine: Machine) -> str | None:
     """What to say of a run that is begun with little room, or none by its plan."""
     if planned.way is None or planned.way.fit in ("unknown", "roomy", "spare"):
         return None
-    figures = _figures(planned.way, machine)
+    figures = _figures(architecture, planned.way, machine)
     if planned.way.fit == "bare":
         return f"memory is short: {figures}; that is less room than a plan may be off by"
     wrong = "a plan may be off by that much" if planned.way.fit == "near" else "by more than a plan is usually off by"
     return f"the plan says that this run does not fit: {figures}; {wrong}"
 
 
-def _figures(way: Way, machine: Machine) -> str:
-    limit = way.candidate.limit_bytes or 0
-    where = machine.name if machine.gpus else "this computer's memory"
-    whole = machine.gpu.memory_bytes if machine.gpu else machine.ram_bytes
-    of = f" of {format_bytes(whole)}" if whole and whole > limit else ""
-    each = " for each process" if way.settings.processes > 1 else ""
-    return f"it needs at least {format_bytes(way.needs)}, and {where} has {format_bytes(limit)}{of} free{each}"
+def _figures(architecture: Architecture, way: Way, machine: Machine) -> str:
+    needs, settings = format_bytes(way.needs), way.settings
+    if not machine.gpus:
+        each = f"{settings.processes} processes of " if settings.processes > 1 else ""
+        program = format_bytes(host_memory_bytes(architecture, settings, 0) // settings.processes)
+        free, all_of_it = format_bytes(machine.limit_bytes or 0), format_bytes(machine.ram_bytes or 0)
+        return f"it needs at least {each}{needs} beside {program} of the program, and {free} of {all_of_it} are free"
+    limit, whole = way.candidate.limit_bytes or 0, machine.gpus[0].memory_bytes
+    of = f" of {format_bytes(whole)}" if whole > limit else ""
+    return f"it needs at least {needs}, and {machine.name} has {format_bytes(limit)}{of} free"
 
 
 def _remedies(

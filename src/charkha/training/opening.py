@@ -113,7 +113,7 @@ def open_session(
         memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
     else:
         planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
-        step, short = planned.step, fit_note(planned, here.machine)
+        step, short = planned.step, fit_note(architecture, planned, here.machine)
         reasons = (*planned.reasons, *([short] if short else []))
         memory = preview(config, chooser, architecture, here.machine, rows, planned, base_config)
         if not run.exists and not ignore_plan:
@@ -149,8 +149,9 @@ def open_session(
     )
 
 
-def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
-    """The config with every `auto` as it was decided when the run began: a newer library may decide otherwise.
+def with_frozen_choices(loaded: LoadedConfig, run: RunFolder, *, only: frozenset[str] | None = None) -> LoadedConfig:
+    """The config with every `auto` as it was decided when the run began: a newer library, or a machine with less free
+    memory, may decide otherwise. `only` these keys, where it is given.
 
     Not the strategy, which follows from the number of processes.
     """
@@ -158,7 +159,8 @@ def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
     frozen = load_config(run.config_path).config.model_dump(mode="json")
     for section, keys in wish.items():
         for key in keys if isinstance(keys, dict) else ():
-            if keys[key] == "auto" and isinstance(frozen.get(section), dict) and key != "strategy":
+            wanted = key != "strategy" and (only is None or f"{section}.{key}" in only)
+            if keys[key] == "auto" and isinstance(frozen.get(section), dict) and wanted:
                 keys[key] = frozen[section].get(key, "auto")
     return replace(loaded, config=Config.model_validate(wish))
 

@@ -45,6 +45,7 @@ PLAN = "plan.json"
 FINAL = "final"  # under staging/
 PERSONAL_REPORT = "personal_data.md"  # in the run's data folder, where anything was found
 _TELL_S = 5.0
+_STATE_KEYS = frozenset({"training.optimizer"})  # another one could not use the state that was saved
 
 
 def train(
@@ -68,8 +69,8 @@ def train(
     with run.lock():
         if not keep_wish:
             Control(run.path).set_wish("run")  # whoever starts the run wants it to go on
-        if run.exists and not accept_changes:
-            loaded = with_frozen_choices(loaded, run)
+        if run.exists:
+            loaded = with_frozen_choices(loaded, run, only=_STATE_KEYS if accept_changes else None)
         there = _data_files(run) if run.exists else None
         session = open_session(loaded, run, observe, ignore_plan=ignore_plan)
         try:
