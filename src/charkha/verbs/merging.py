@@ -57,6 +57,7 @@ def merge_run(
     """
     from charkha.backends.torch.base_config import read_base_config
     from charkha.backends.torch.merge import merge_adapter
+    from charkha.backends.torch.skeleton import build_skeleton, layers_that_stay_whole
 
     run = RunFolder(path).require()
     config, base, data = reopen(run)
@@ -68,6 +69,12 @@ def merge_run(
     if onto == "dequantized" and base.quantization == "none":
         raise UsageError(
             "the base of this run was not quantized", where=str(path), remedy="leave out --onto dequantized"
+        )
+    if onto == "dequantized" and layers_that_stay_whole(build_skeleton(base.path)):
+        raise UsageError(
+            "a streamed base packed each expert in 4 bits for itself, which this merge does not repeat",
+            where=str(path),
+            remedy="leave out --onto dequantized",
         )
     stored_quantized = "quantization_config" in read_base_config(base.path)
     if stored_quantized:
