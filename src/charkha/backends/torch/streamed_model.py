@@ -27,6 +27,7 @@ from charkha.backends.torch.slab_parts import (
     stored_state,
 )
 from charkha.backends.torch.slabs import Slab
+from charkha.backends.torch.streamed_tables import bind_tables, has_tied_table_on_host, keep_tables_on_host
 from charkha.backends.torch.tensor_files import torch_dtype_of
 from charkha.errors import UsageError
 
@@ -113,6 +114,7 @@ def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
         expert_slots=settings.expert_slots,
     )
     _bind(model, engine, slab)
+    bind_tables(model, weights, base, device)
     setattr(model, _ENGINE, engine)
     return model
 
@@ -184,6 +186,11 @@ def _streamed_class(base: BaseModelSpec, weights: Weights) -> Any:
                     from charkha.backends.torch.streamed_experts import stream_experts
 
                     stream_experts(layer.get_submodule(name), dtype, base.quantization)
+            keep_tables_on_host(self, base)
+
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            if not has_tied_table_on_host(self):
+                super().tie_weights(*args, **kwargs)
 
     Streamed.__name__ = Streamed.__qualname__ = parent.__name__  # config.json and PEFT name the class
     return Streamed
