@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from charkha.caches import hub_cache
 from charkha.hardware.sensors import cpu_temperature_c
 from charkha.hardware.ups import UpsReading, open_ups
 from charkha.store import durable
@@ -332,8 +333,7 @@ def _check_switches(name: str, fact: str, switches: Sequence[str], environ: Mapp
 
 def check_hub_cache(environ: Mapping[str, str] = os.environ) -> Check:
     """Where fetched models lie, how many, and how much room they take."""
-    home = Path(environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    cache = hub_cache(environ)
     if not cache.is_dir():
         return Check("hub cache", f"{cache}: nothing there yet", "ok")
     models = sum(path.is_dir() for path in cache.glob("models--*"))

@@ -18,7 +18,6 @@ from charkha.backends.torch.slabs import (
     PIECE_ALIGNMENT,
     Slab,
     SlabDamaged,
-    slab_cache,
 )
 from charkha.errors import DoesNotFit, EnvironmentProblem
 from charkha.store import durable
@@ -245,11 +244,3 @@ def test_a_full_disk_is_told_before_anything_is_written(base, monkeypatch):
     with pytest.raises(DoesNotFit, match="are free"):
         make(base)
     assert not list((base.parent / "cache").glob(f"*/{INDEX}"))
-
-
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.delenv("CHARKHA_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert slab_cache() == tmp_path / "xdg" / "charkha" / "slabs"
-    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "own"))
-    assert slab_cache() == tmp_path / "own" / "slabs"

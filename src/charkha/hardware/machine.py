@@ -11,8 +11,9 @@ from typing import Any
 
 from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
-from charkha.hardware.probe import probe_host
+from charkha.hardware.probe import cpu_has_bf16, probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
+from charkha.hardware.speeds import cache_folder, remembered_speeds
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
 BASE_POWER_W = {
@@ -36,6 +37,11 @@ class Machine:
     ram_bytes: int | None  # None: not known, so host memory is told but not judged
     disk_free_bytes: int | None = None
     cpu_flops: float = 100e9  # of a process on two cores, fp32; only used without cards
+    cpu_bf16: bool = False  # whether the processor has instructions for it
+    here: bool = False  # this very computer, whose packages and libraries are what will run
+    # As `charkha doctor` measured them (hardware/speeds.py); None: not known.
+    host_to_device_bytes_per_s: float | None = None  # from pinned memory to the slowest card
+    disk_read_bytes_per_s: float | None = None  # of the disk where a streamed base waits
 
     @property
     def gpu(self) -> Gpu | None:
@@ -56,12 +62,17 @@ def this_machine(disk: Path) -> Machine:
     if not gpus and host.system.startswith("Darwin"):
         gpus = _apple_here(host.processor, host.ram_bytes)
     existing = next(folder for folder in (disk, *disk.parents) if folder.exists())
+    speeds = remembered_speeds([gpu.name for gpu in gpus], cache_folder())
     return Machine(
         name=gpus[0].name if gpus else host.processor,
         gpus=gpus,
         ram_bytes=host.ram_bytes,
         disk_free_bytes=shutil.disk_usage(existing).free,
         cpu_flops=_FLOPS_PER_CORE * host.physical_cores,
+        cpu_bf16=cpu_has_bf16(),
+        here=True,
+        host_to_device_bytes_per_s=speeds.host_to_device_bytes_per_s,
+        disk_read_bytes_per_s=speeds.disk_read_bytes_per_s,
     )
 
 
@@ -120,6 +131,8 @@ def read_machine(path: Path) -> Machine:
         gpus=gpus,
         ram_bytes=_count(record, "ram_bytes", path),
         disk_free_bytes=_count(record, "disk_free_bytes", path),
+        host_to_device_bytes_per_s=_count(record, "host_to_device_bytes_per_s", path),
+        disk_read_bytes_per_s=_count(record, "disk_read_bytes_per_s", path),
     )
 
 
@@ -133,7 +146,13 @@ def machine_record(machine: Machine) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
         "ram_bytes": machine.ram_bytes,
         "disk_free_bytes": machine.disk_free_bytes,
+        "host_to_device_bytes_per_s": _whole(machine.host_to_device_bytes_per_s),
+        "disk_read_bytes_per_s": _whole(machine.disk_read_bytes_per_s),
     }
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def _gpu_of(entry: Any, path: Path) -> Gpu:

@@ -35,10 +35,10 @@ from charkha.backends.torch.slabs import (
     locked,
     names_of,
     read_index,
-    slab_cache,
     write_index,
 )
 from charkha.backends.torch.tensor_files import base_fingerprint, stored_name, tensor_bytes, tensors_of_folder
+from charkha.caches import own_cache
 from charkha.errors import DoesNotFit, EnvironmentProblem
 from charkha.store import durable
 from charkha.units import format_bytes
@@ -83,7 +83,7 @@ def ensure_slab(
         require_stored(linear, weights, str(base))
     made_on = device if quantization != "none" else "cpu"
     key = SlabKey(base_fingerprint(base), quantization, dtype, made_on)
-    folder = (cache or slab_cache()) / key.folder_name
+    folder = (cache or own_cache() / "slabs") / key.folder_name
     writer = _Writer(folder, weights, key)
     with locked(folder):
         index = _repaired(_finished(folder, key, layers), layers, writer)

@@ -141,14 +141,6 @@ class Index:
         )
 
 
-def slab_cache() -> Path:
-    """Where slabs are kept: $CHARKHA_CACHE, else the user's cache folder (XDG), each with `slabs` below it."""
-    own = os.environ.get("CHARKHA_CACHE")
-    if own:
-        return Path(own).expanduser() / "slabs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "charkha" / "slabs"
-
-
 def read_index(folder: Path) -> Index | None:
     """What index.json says; None, with a warning, where there is none that can be read or that has another format."""
     path = folder / INDEX

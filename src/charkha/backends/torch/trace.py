@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from charkha.backends.base import AdapterSpec, TraceRequest, TraceResult
+from charkha.caches import own_cache
 from charkha.errors import CharkhaError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
     `cache` is the folder of earlier ones; None: charkha's own. Takes 10 to 90 s the first time, and a GiB of host
     memory at most. Raises what `trace_here` raises, and CharkhaError when the child dies.
     """
-    stored = (cache or cache_folder()) / f"{cache_key(request)}.json"
+    stored = (cache or own_cache() / "traces") / f"{cache_key(request)}.json"
     if stored.exists():
         return result_from_json(json.loads(stored.read_text(encoding="utf-8")))
     with tempfile.TemporaryDirectory(prefix="charkha-trace-") as folder:
@@ -82,12 +83,6 @@ def trace_here(request: TraceRequest) -> TraceResult:
             remedy="plan it with the closed form",
         ) from error
     return dataclasses.replace(result, seconds=round(time.monotonic() - started, 2))
-
-
-def cache_folder() -> Path:
-    """Where traces are remembered: `$XDG_CACHE_HOME/charkha/traces`, by default under ~/.cache."""
-    wished = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one counts as none, says its specification
-    return (wished if wished.is_absolute() else Path.home() / ".cache") / "charkha" / "traces"
 
 
 def cache_key(request: TraceRequest) -> str:
