@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from charkha.backends.base import Dtype, Streaming
-from charkha.config import CARRIED_OUT, Config, unsupported
+from charkha.carried_out import CARRIED_OUT, unsupported
+from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
