@@ -26,8 +26,8 @@ def slab_cache(tmp_path, monkeypatch):
 
 def planned_and_measured(project, model_folder, monkeypatch, *, hot=0, slots=2, kind="llama", **settings: Any):
     """Peak bytes of a run's first two steps, by the plan in its folder and by the allocator."""
-    monkeypatch.setattr("charkha.training.placing._layers_that_stay", lambda *_: hot)
-    monkeypatch.setattr("charkha.training.placing._SLOTS", (slots,))
+    monkeypatch.setattr("charkha.plan.placement._layers_that_stay", lambda *_: hot)
+    monkeypatch.setattr("charkha.plan.placement._SLOTS", (slots,))
     chosen = {"quantization": "nf4", "dtype": "bf16", "method": "lora", "loss_head": "full", "micro": 1, **settings}
     work = project(
         model_folder(kind, **SHAPE),
@@ -55,7 +55,7 @@ def test_the_peak_is_the_planned_one(project, model_folder, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("quantization", "hot", "slots", "method", "micro"),
-    product(("nf4", "none"), (0, 2, LAYERS // 2), (2, 3), ("lora", "dora"), (1, 4)),
+    list(product(("nf4", "none"), (0, 2, LAYERS // 2), (2, 3), ("lora", "dora"), (1, 4))),
 )
 def test_so_it_is_with_every_number_of_slots_and_hot_layers(
     project, model_folder, monkeypatch, quantization, hot, slots, method, micro
@@ -82,3 +82,47 @@ def test_so_it_is_for_other_families_and_types(project, model_folder, monkeypatc
         project, model_folder, monkeypatch, kind=kind, quantization=quantization, dtype=dtype, loss_head="chunked"
     )
     assert measured == pytest.approx(planned, rel=0.05)
+
+
+def test_auto_streams_where_memory_is_short_and_a_resumed_run_stays_so(project, model_folder, monkeypatch):
+    work = project(
+        model_folder("llama", **SHAPE),
+        model={"quantization": "nf4"},
+        training={"micro_batch_size": 2, "batch_size": 4, "max_steps": 3, "eval_every": "auto"},
+        data={"eval": None},
+    )
+    plenty, short = 8 << 30, program_bytes() + needed_bytes(work, monkeypatch)
+    monkeypatch.setattr("charkha.hardware.machine.free_host_bytes", lambda: short)
+    paused, events = work.train(stop_at=2)
+    assert paused.status == "paused"
+    chosen = [event["text"] for event in events if "model.placement" in event.get("text", "")]
+    assert any("streamed (resident it needs" in text for text in chosen)
+    planned = json.loads((work.run_folder() / "plan.json").read_text())
+    assert planned["streaming"]["waits_in"] == "disk"
+    assert planned["peak_allocated_bytes"] == pytest.approx(paused.peak_memory_bytes, rel=0.05)
+    monkeypatch.setattr("charkha.hardware.machine.free_host_bytes", lambda: plenty)
+    done, events = work.train()
+    assert done.status == "done"
+    assert any("layers stay on the device" in event.get("text", "") for event in events)
+    other, _ = work.train(output="resident")
+    assert other.loss_last == done.loss_last
+
+
+def program_bytes() -> int:
+    from charkha.plan.device_memory import _PYTHON_CPU_BYTES
+
+    return _PYTHON_CPU_BYTES
+
+
+def needed_bytes(work, monkeypatch) -> int:
+    """Between what the run needs streamed and what it needs at the least resident."""
+    from charkha.verbs.planning import PlanWish, make_plan
+
+    monkeypatch.setattr("charkha.hardware.machine.free_host_bytes", lambda: 8 << 30)
+    least = [
+        make_plan(PlanWish(work.config, (f"model.placement={kind}", *leanest), method="closed_form"))
+        for kind, leanest in (("streamed", ()), ("resident", ("training.gradient_checkpointing=full",)))
+    ]
+    streamed, resident = (plan["least_device_bytes"] for plan in least)
+    assert streamed < resident
+    return (streamed + resident) // 2

@@ -96,11 +96,11 @@ def test_auto_prefers_the_micro_batch_that_moves_least_and_a_given_one_stays(fol
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (("model.base=mistralai/Mistral-7B-v0.1",), "it fits"),
+        (("model.base=mistralai/Mistral-7B-v0.1",), "the whole base fits on the device"),
         (("model.placement=resident",), None),
         (("training.gradient_checkpointing=none",), "runs each layer twice"),
         (("adapter.method=ia3",), "ia3 does not go with"),
-        (("adapter.method=full", "model.quantization=none"), "every weight is trained"),
+        (("adapter.method=full", "model.quantization=none"), "full does not go with"),
     ],
 )
 def test_what_fits_or_cannot_be_streamed_stays_resident(folder: Path, overrides: tuple[str, ...], reason: str) -> None:
@@ -117,4 +117,4 @@ def test_a_machine_with_room_for_neither_is_told_so(folder: Path) -> None:
     wish = PlanWish(folder / "charkha.yaml", (), (str(folder / "small.json"),), method="closed_form")
     record = make_plan(wish)
     assert record["fits"] is False
-    assert any("neither that nor a streamed base fits" in text for text in record["reasons"])
+    assert any("neither the whole base nor a streamed one fits" in text for text in record["reasons"])

@@ -7,8 +7,6 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from charkha.hardware.memory_limit import memory_limit_bytes
-
 
 @dataclass(frozen=True)
 class HostFacts:
@@ -17,7 +15,7 @@ class HostFacts:
     system: str
     processor: str
     physical_cores: int
-    ram_bytes: int  # that this process may have: a control group may allow less than there is
+    ram_bytes: int
     python: str
 
 
@@ -25,12 +23,11 @@ def probe_host() -> HostFacts:
     """Facts of the host, for provenance and messages."""
     import psutil
 
-    total = psutil.virtual_memory().total
     return HostFacts(
         system=f"{platform.system()} {platform.release()}",
         processor=_processor_name(),
         physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-        ram_bytes=min(total, memory_limit_bytes() or total),
+        ram_bytes=psutil.virtual_memory().total,
         python=platform.python_version(),
     )
 

@@ -112,6 +112,13 @@ class Nvml:
         except self._nvml.NVMLError:
             return None
 
+    def free_bytes(self, index: int) -> int | None:
+        """Memory of GPU `index` that no program holds now; None where the driver does not say."""
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
+        except self._nvml.NVMLError:
+            return None
+
     def limits(self, index: int) -> GpuLimits:
         """What GPU `index` says of its temperatures and its power."""
         nvml, handle = self._nvml, self._handle(index)

@@ -6,7 +6,7 @@ which layers stay on the device is `hot_layers_of`, which the engine asks too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from charkha.plan.architecture import Architecture
@@ -22,30 +22,41 @@ BOUNCE_BUFFERS = 2  # of one layer each, pinned, that layers pass through on the
 RAM_LEFT_BYTES = 4 << 30
 STREAMED_METHODS = ("lora", "rslora", "dora")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_BESIDE_EXPERTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _TRANSPOSED = frozenset({"gpt2"})  # transformers' Conv1D
+_EXPERT_SLOTS_BYTES = 1 << 30  # of all buffers of experts together
 _USUAL_RAM_GIB = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def slab_layer_bytes(architecture: Architecture, settings: MemorySettings) -> int:
-    """Bytes of one layer in the slab: its matrices, packed or in the type of the products, each piece aligned.
+    """Bytes of one layer in the slab, without experts: its matrices, packed or in the type of the products."""
+    return _unit_bytes([(linear.outputs, linear.inputs) for linear in architecture.linears], settings)
 
-    Experts are counted as part of their layer, a piece per matrix.
-    """
-    pieces = (size for weights in _matrices(architecture) for size in _pieces(weights, settings))
+
+def slab_expert_bytes(architecture: Architecture, settings: MemorySettings) -> int:
+    """Bytes of one expert in the slab, which moves by itself; 0 where there are none."""
+    experts = architecture.experts
+    if experts is None:
+        return 0
+    inner, hidden = experts.intermediate_size, experts.hidden_size
+    return _unit_bytes([(2 * inner, hidden), (hidden, inner)], settings)  # gate and up are one matrix
+
+
+def _unit_bytes(matrices: Iterable[tuple[int, int]], settings: MemorySettings) -> int:
+    """Of what moves at once: [rows, columns] of its matrices, each piece of them aligned."""
+    pieces = (size for rows, columns in matrices for size in _pieces(rows, columns, settings))
     return _aligned(sum(_aligned(size, PIECE_ALIGNMENT) for size in pieces), LAYER_ALIGNMENT)
 
 
-def _matrices(architecture: Architecture) -> Iterator[int]:
-    """Elements of every streamed matrix of a layer."""
-    yield from (linear.weights for linear in architecture.linears)
-    if architecture.experts:
-        yield from [architecture.experts.weights // 3] * (3 * architecture.experts.count)
-
-
-def _pieces(weights: int, settings: MemorySettings) -> tuple[int, ...]:
-    """Bytes of the parts of one matrix: itself; or codes, a byte a block, an fp32 a nested block, an fp32 offset."""
+def _pieces(rows: int, columns: int, settings: MemorySettings) -> tuple[int, ...]:
+    """Bytes of the parts of one matrix: itself; in int8 with an fp32 a row; in 4 bits codes, a byte a block, an fp32 a
+    nested block, and an fp32 offset.
+    """
+    weights = rows * columns
     if settings.quantization == "none":
         return (weights * settings.activation_bytes,)
+    if settings.quantization == "int8":
+        return weights, FULL_BYTES * rows
     blocks = -(-weights // _BLOCK)
     return (weights + 1) // 2, blocks, FULL_BYTES * -(-blocks // _NESTED_BLOCK), FULL_BYTES
 
@@ -55,7 +66,13 @@ def _aligned(size: int, alignment: int) -> int:
 
 
 def why_not_streamed(
-    config: Mapping[str, Any], method: str, quantization: str, *, processes: int, device: str
+    config: Mapping[str, Any],
+    method: str,
+    quantization: str,
+    targets: str | Sequence[str],
+    *,
+    processes: int,
+    device: str,
 ) -> str | None:
     """Why a base cannot be streamed, by its config.json and the run's settings; None where nothing is known against it.
 
@@ -67,12 +84,15 @@ def why_not_streamed(
         return f"{processes} processes would each stream the base on their own"
     if device == "mps":
         return "an Apple GPU shares its memory with the CPU, so nothing is gained by streaming"
-    if quantization not in ("none", "nf4", "fp4"):
-        return f"a base in {quantization} is not streamed"
-    if config.get("quantization_config"):
-        return "a base whose files are stored in 4 or 8 bits is not streamed"
+    if (method, quantization) == ("dora", "int8"):
+        return "DoRA on a streamed int8 base has not been tried"
     if any(config.get(key) for key in _EXPERT_KEYS):
-        return "experts in one 3-D tensor are not streamed"
+        names = [targets] if isinstance(targets, str) else targets
+        others = [name for name in names if name not in _BESIDE_EXPERTS]
+        if quantization == "int8" or config.get("quantization_config"):
+            return "experts in int8, or of a base stored in 4 or 8 bits, are not streamed"
+        if others:
+            return f"adapter.target_modules {others[0]} adapts experts, which are then needed all at once"
     if config.get("model_type") in _TRANSPOSED:
         return "this architecture's layers are no plain linear layers, so they are not streamed"
     return None
@@ -93,10 +113,24 @@ def hot_layers_of(layers: int, count: int) -> tuple[int, ...]:
 
 
 def buffer_bytes(architecture: Architecture, settings: MemorySettings) -> int:
-    """Bytes of the slots and of the layers that stay, on the device."""
-    slots = min(settings.streamed_slots, cold_layers(architecture, settings))
-    held = min(architecture.layers, slots + settings.streamed_resident_layers)
-    return held * slab_layer_bytes(architecture, settings)
+    """Bytes of the slots, those of experts too, and of the layers that stay, on the device."""
+    cold = cold_layers(architecture, settings)
+    slots = min(settings.streamed_slots, cold) * slab_layer_bytes(architecture, settings)
+    experts = expert_slots(architecture, settings) * slab_expert_bytes(architecture, settings) if cold else 0
+    return slots + experts + (architecture.layers - cold) * hot_layer_bytes(architecture, settings)
+
+
+def hot_layer_bytes(architecture: Architecture, settings: MemorySettings) -> int:
+    """Bytes of one layer with all its experts."""
+    count = architecture.experts.count if architecture.experts else 0
+    return slab_layer_bytes(architecture, settings) + count * slab_expert_bytes(architecture, settings)
+
+
+def expert_slots(architecture: Architecture, settings: MemorySettings) -> int:
+    """Buffers of one expert each: as many as a gigabyte holds, at least two, at most a layer's."""
+    if architecture.experts is None:
+        return 0
+    return min(architecture.experts.count, max(2, _EXPERT_SLOTS_BYTES // slab_expert_bytes(architecture, settings)))
 
 
 def streamed_base_bytes(architecture: Architecture, settings: MemorySettings) -> int:
@@ -116,21 +150,34 @@ def waiting_bytes(architecture: Architecture, settings: MemorySettings) -> int:
         return 0
     if settings.streamed_from == "ram":
         return slab_bytes(architecture, settings)
-    return BOUNCE_BUFFERS * slab_layer_bytes(architecture, settings)
+    units = slab_layer_bytes(architecture, settings), slab_expert_bytes(architecture, settings)
+    return BOUNCE_BUFFERS * max(units)
 
 
 def slab_bytes(architecture: Architecture, settings: MemorySettings) -> int:
     """Bytes of the slab on the disk."""
-    return architecture.layers * slab_layer_bytes(architecture, settings)
+    return architecture.layers * hot_layer_bytes(architecture, settings)
 
 
 def moved_bytes(architecture: Architecture, settings: MemorySettings) -> int:
     """Bytes copied to the device in one micro step, forward and backward.
 
-    Every cold layer comes twice, but for those that lie in the slots at either turn and are used again.
+    Every cold layer comes twice, but for those that lie in the slots at either turn and are used again. Its experts are
+    counted as if tokens went to all of them: twice where a layer's have a slot each, else again in its backward.
     """
     cold = cold_layers(architecture, settings)
-    return 2 * max(0, cold - settings.streamed_slots) * slab_layer_bytes(architecture, settings)
+    layers = 2 * max(0, cold - settings.streamed_slots) * slab_layer_bytes(architecture, settings)
+    return layers + cold * expert_passes(architecture, settings) * _experts_of_a_layer(architecture, settings)
+
+
+def expert_passes(architecture: Architecture, settings: MemorySettings) -> int:
+    """How often a layer's experts come in a micro step."""
+    experts = architecture.experts
+    return 2 if experts is None or expert_slots(architecture, settings) >= experts.count else 3
+
+
+def _experts_of_a_layer(architecture: Architecture, settings: MemorySettings) -> int:
+    return hot_layer_bytes(architecture, settings) - slab_layer_bytes(architecture, settings)
 
 
 def usual_ram_bytes(needed: int) -> int:
@@ -142,7 +189,7 @@ def usual_ram_bytes(needed: int) -> int:
 def placement_note(architecture: Architecture, settings: MemorySettings) -> str:
     """What a reader of a memory figure must know of where the layers are."""
     held = format_bytes(buffer_bytes(architecture, settings))
-    waiting = format_bytes(cold_layers(architecture, settings) * slab_layer_bytes(architecture, settings))
+    waiting = format_bytes(cold_layers(architecture, settings) * hot_layer_bytes(architecture, settings))
     return (
         f"a streamed base: {settings.streamed_resident_layers} of {architecture.layers} layers stay on the device, the "
         f"others pass through {settings.streamed_slots} slots ({held} together); {waiting} wait beside"

@@ -15,7 +15,14 @@ from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.speed import StepTime, step_time
-from charkha.plan.streamed import cold_layers, hot_layers_of, moved_bytes, slab_layer_bytes
+from charkha.plan.streamed import (
+    cold_layers,
+    expert_passes,
+    hot_layer_bytes,
+    hot_layers_of,
+    moved_bytes,
+    slab_layer_bytes,
+)
 
 # A PCIe 4.0 x4 NVMe disk, sustained; data sheets say up to 7.4.
 ASSUMED_DISK_BYTES_PER_S = 5e9
@@ -23,6 +30,7 @@ ASSUMED_LINK_BYTES_PER_S = 12e9  # where no card is known
 FORWARD_SHARE = 0.3  # of a micro step's computing, about: see below
 FREE_SHARE = 0.01  # of the computing: waiting up to this counts as free
 _MOST_TOKENS = 1 << 20
+_MOST_LAYERS = 1000  # that are gone through one by one
 # Forward's share of what one checkpointed layer costs: it is run twice, and its backward adds the inputs' gradient.
 _PRODUCTS_FORWARD, _ATTENTION_FORWARD, _TRAFFIC_FORWARD, _UNPACKED_FORWARD = 1 / 3, 1 / 4.5, 1 / 4, 1 / 3
 
@@ -76,14 +84,24 @@ def copying(architecture: Architecture, settings: MemorySettings, machine: Machi
     """One micro step with layers coming at `bytes_per_second`."""
     time = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops)
     forward, backward = _layer_seconds(architecture, settings, machine, time)
-    one_copy = slab_layer_bytes(architecture, settings) / bytes_per_second
-    hot = frozenset(hot_layers_of(architecture.layers, settings.streamed_resident_layers))
-    is_cold = [number not in hot for number in range(architecture.layers)]
+    experts = expert_passes(architecture, settings) * (
+        hot_layer_bytes(architecture, settings) - slab_layer_bytes(architecture, settings)
+    )
+    one_copy = (slab_layer_bytes(architecture, settings) + experts / 2) / bytes_per_second
+    is_cold = _pass(architecture, settings)
     slots = settings.streamed_slots
     exposed = exposed_seconds(is_cold, slots, one_copy, forward)
     exposed += exposed_seconds(is_cold[::-1], slots, one_copy, backward)
+    exposed *= architecture.layers / max(1, len(is_cold))
     moved = moved_bytes(architecture, settings)
     return Copying(moved, moved / bytes_per_second, time.micro_batch_seconds, exposed)
+
+
+def _pass(architecture: Architecture, settings: MemorySettings) -> list[bool]:
+    """Which layers of a forward pass are cold; of an absurdly deep model a part, with as large a share of hot ones."""
+    layers = min(architecture.layers, _MOST_LAYERS)
+    hot = frozenset(hot_layers_of(layers, settings.streamed_resident_layers * layers // max(1, architecture.layers)))
+    return [number not in hot for number in range(layers)]
 
 
 def exposed_seconds(is_cold: Sequence[bool], slots: int, copy_seconds: float, compute_seconds: float) -> float:

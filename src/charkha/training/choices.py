@@ -1,4 +1,8 @@
-"""What every `auto` becomes on this machine, each with its reason. Until a planner exists these are fixed rules."""
+"""What every `auto` becomes on this machine, each with its reason: the rules that ask neither rows nor memory.
+
+Micro batch, checkpointing, loss head and optimizer come from plan/autos.py; their rules here are the fixed values for a
+base that the planner does not cover.
+"""
 
 from __future__ import annotations
 
@@ -220,17 +224,21 @@ class Chooser:
             )
         return self._choose("training.loss_head", "full", "the logits of a micro batch are small")
 
-    def optimizer(self) -> str:
+    def has_bitsandbytes(self) -> bool:
+        """Whether its optimizers can be used; of a machine that is only described, it is taken for granted."""
+        return not self._facts.here or importlib.util.find_spec("bitsandbytes") is not None
+
+    def optimizer(self, picked: str | None = None) -> str:
+        """`picked` is what a plan has decided, and told, where the config says auto."""
         asked = self._config.training.optimizer
-        missing = self._facts.here and importlib.util.find_spec("bitsandbytes") is None
-        if asked in BITSANDBYTES_OPTIMIZERS and missing:
+        if asked in BITSANDBYTES_OPTIMIZERS and not self.has_bitsandbytes():
             raise EnvironmentProblem(
                 f"{asked} needs bitsandbytes, which is not installed",
                 where="training.optimizer",
                 remedy="pip install 'bitsandbytes>=0.50.2', or use adamw_torch_fused",
             )
-        if asked != "auto":
-            return asked
+        if asked != "auto" or picked is not None:
+            return picked or asked
         return self._choose("training.optimizer", "adamw_torch_fused", "AdamW in 32 bits, one fused kernel")
 
     def simple_defaults(self) -> None:
@@ -251,30 +259,13 @@ class Chooser:
             return self._choose("training.eval_every", steps_per_epoch, "steps: once an epoch, and at the end")
         return asked if isinstance(asked, int) else max(1, round(asked * steps_per_epoch))
 
-    def unrecorded(self) -> Chooser:
-        """Another one with the same rules, for what is only considered."""
-        return Chooser(self._config, self._facts)
-
-    def streamed_step(self, micro_batch_size: int, longest_row: int, vocabulary: int) -> None:
-        """Records what a streamed base's step is, in the place of what was chosen for a resident one."""
-        training = self._config.training
-        if training.micro_batch_size == "auto":
-            self.choose("training.micro_batch_size", micro_batch_size, "a streamed base passes once in each")
-        self._checkpointing_of_streamed(training.gradient_checkpointing)
-        self.loss_head(micro_batch_size, longest_row, vocabulary)
-
-    def choose(self, key: str, value: Value, reason: str) -> Value:
-        """Records a choice, in the place of an earlier one of the same key."""
-        made = Choice(key, value, reason)
-        places = [place for place, choice in enumerate(self.choices) if choice.key == key]
-        if places:
-            self.choices[places[0]] = made
-        else:
-            self.choices.append(made)
-        return value
+    def take(self, key: str, value: str | int, reason: str) -> None:
+        """Records what was decided elsewhere for a key that is `auto`."""
+        self.choices.append(Choice(key, value, reason))
 
     def _choose(self, key: str, value: Value, reason: str) -> Value:
-        return self.choose(key, value, reason)
+        self.choices.append(Choice(key, value, reason))
+        return value
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from charkha.training.choices import (
     unused_adapter_keys,
 )
 from charkha.training.dataset import PreparedData, open_prepared
-from charkha.training.fallback import apply_limit
+from charkha.training.fallback import apply_fallbacks, fallbacks_note
+from charkha.training.fitting import fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
 from charkha.training.placing import streaming_of, unplanned_streaming
-from charkha.training.planned_settings import choose_model, chosen_step, planned_settings
+from charkha.training.planned_settings import choose_model, chosen_step, fixed_values_note, planned_settings
 from charkha.training.preparing import prepare_data
-from charkha.training.preview import Preview, preview
+from charkha.training.preview import Preview, preview, without_figures
 from charkha.training.provenance import base_facts
 from charkha.training.row_facts import rows_of
 
@@ -61,8 +62,18 @@ class Session:
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
 
 
-def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, proved_leak: str | None = None) -> Session:
-    """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock."""
+def open_session(
+    loaded: LoadedConfig,
+    run: RunFolder,
+    observe: Observer,
+    *,
+    proved_leak: str | None = None,
+    ignore_plan: bool = False,
+) -> Session:
+    """Prepares data and decides every `auto`; writes only below `run`. The caller holds the run's lock.
+
+    Raises DoesNotFit for a new run that its plan says does not fit, unless `ignore_plan`.
+    """
     from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
     from charkha.backends.torch.streamed_model import why_refused
 
@@ -95,22 +106,24 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     )
     proved_leak = proved_leak or manifest.get("packing_leak")
     packing = choose_packing(config, chooser, data.train.lengths, max_length, model, here.facts.device, proved_leak)
-    fixed_size = config.training.micro_batch_size
     reasons: tuple[str, ...] = ()
-    rows = rows_of(data.train, packing, config.training.batch_size, None if fixed_size == "auto" else fixed_size)
+    rows = rows_of(data, packing, config, model)
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
         base = replace(base, streaming=unplanned_streaming(config, chooser))
-        memory = Preview(None, unknown)
+        memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
     else:
         planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
-        step, reasons = planned.step, planned.reasons
+        step, short = planned.step, fit_note(architecture, planned, here.machine)
         base = replace(base, streaming=streaming_of(architecture, planned.settings, here.machine))
-        memory = preview(architecture, planned.settings)
+        reasons = (*planned.reasons, *([short] if short else []))
+        memory = preview(config, chooser, architecture, here.machine, rows, planned, base_config)
+        if not run.exists and not ignore_plan:
+            require_memory(config, architecture, here.machine, rows, planned)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
-    plan = apply_limit(plan, run) if run.exists else plan
+    plan = apply_fallbacks(plan, run) if run.exists else plan
     for text in (
         *unused_adapter_keys(config, loaded.keys_set),
         *data.notes,
@@ -118,6 +131,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         *reasons,
         *([packing_note(packing, plan.batch_size)] if packing else ()),
         memory.sentence(),
+        *fallbacks_note(run),
     ):
         observe({"event": "note", "text": text})
     resolved = _resolved(loaded, base_folder, tuple(chooser.choices))
@@ -138,8 +152,9 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     )
 
 
-def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
-    """The config with every `auto` as it was decided when the run began: a newer library may decide otherwise.
+def with_frozen_choices(loaded: LoadedConfig, run: RunFolder, *, only: frozenset[str] | None = None) -> LoadedConfig:
+    """The config with every `auto` as it was decided when the run began: a newer library, or a machine with less free
+    memory, may decide otherwise. `only` these keys, where it is given.
 
     Not the strategy, which follows from the number of processes.
     """
@@ -147,7 +162,8 @@ def with_frozen_choices(loaded: LoadedConfig, run: RunFolder) -> LoadedConfig:
     frozen = load_config(run.config_path).config.model_dump(mode="json")
     for section, keys in wish.items():
         for key in keys if isinstance(keys, dict) else ():
-            if keys[key] == "auto" and isinstance(frozen.get(section), dict) and key != "strategy":
+            wanted = key != "strategy" and (only is None or f"{section}.{key}" in only)
+            if keys[key] == "auto" and isinstance(frozen.get(section), dict) and wanted:
                 keys[key] = frozen[section].get(key, "auto")
     return replace(loaded, config=Config.model_validate(wish))
 

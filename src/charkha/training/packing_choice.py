@@ -57,6 +57,13 @@ def choose_packing(
     return None
 
 
+def packing_option(config: Config, lengths: NDArray[np.int64], row_tokens: int, model: ModelChoices) -> Packing | None:
+    """The packed rows that there would be; None where documents would see each other, or that was never measured."""
+    if _obstacle(config, model.model_type) or model.model_type not in KEEP_APART:
+        return None
+    return _packed(lengths, row_tokens)
+
+
 def packing_note(packing: Packing, batch_size: int) -> str:
     """What packing comes to, for a reader."""
     documents = packing.documents / packing.rows

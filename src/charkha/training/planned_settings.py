@@ -11,19 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from charkha.backends.base import Dtype
-from charkha.config import CARRIED_OUT, Config, unsupported
+from charkha.carried_out import CARRIED_OUT, unsupported
+from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
+from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way
 from charkha.plan.base_checks import stored_quantization
 from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory_settings import MemorySettings, Method, Strategy
 from charkha.plan.packing_support import BY_MASK
+from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
-from charkha.training.placing import place
+from charkha.training.placing import PLACEMENT, streamed_note, unplanned_streaming
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _OFFLOADS = ("optimizer", "parameters", "activations")
@@ -48,6 +51,7 @@ class PlannedSettings:
 
     settings: MemorySettings
     step: StepMemory
+    way: Way | None  # as the search judged it; None where the planner does not cover the base
     reasons: tuple[str, ...]
 
 
@@ -87,7 +91,12 @@ def choose_model(
         processes=(processes := _processes(config, chooser, machine)),
         model_type=model_type,
         cannot_stream=why_not_streamed(
-            base_config, config.adapter.method, quantization, processes=processes, device=machine.device
+            base_config,
+            config.adapter.method,
+            quantization,
+            _targets(config),
+            processes=processes,
+            device=machine.device,
         ),
     )
 
@@ -101,35 +110,96 @@ def planned_settings(
     rows: Rows,
 ) -> PlannedSettings:
     """What training holds for one micro batch of the longest rows, on each device of `machine`."""
-    reasons: list[str] = []
     chooser.simple_defaults()
-    step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
-    settings = _settings(config, model, machine, rows, step)
-    settings = with_the_loss_that_runs(settings, architecture)
-    settings = _shared_out(settings, config, architecture, machine, reasons)
-    placed = place(config, chooser, settings, architecture, machine, rows, model.cannot_stream)
-    step = replace(
-        step,
-        micro_batch_size=placed.settings.rows,
-        gradient_checkpointing=placed.settings.gradient_checkpointing,
-        loss_head=placed.settings.loss_head if placed.settings.loss_kernel == "own" else step.loss_head,
+    reasons: list[str] = []
+    if architecture.learned_positions:
+        step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
+        settings = _shared_settings(config, model, architecture, machine, rows, step, reasons)
+        settings = replace(settings, streamed=unplanned_streaming(config, chooser) is not None)
+        reasons.insert(0, fixed_values_note(f"what {architecture.model_type} keeps is not counted in full"))
+        return PlannedSettings(settings, step, None, (*reasons, *_not_carried_out(config)))
+    open_keys = _open_keys(config)
+    start = _shared_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
+    free = Free(open_keys, chooser.has_bitsandbytes())
+    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
+    picked, settings = placed.picked, placed.picked.way.settings
+    if placed.reason is not None:
+        chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
+    for key, value in _values(settings).items():
+        if key in open_keys:
+            chooser.take(key, value, picked.reasons[key])
+    if config.model.placement == "streamed":
+        chooser.gradient_checkpointing(rows.longest, architecture.parameters)
+    if settings.streamed:
+        reasons.append(streamed_note(architecture, settings))
+    step = StepMemory(
+        settings.rows, settings.gradient_checkpointing, settings.loss_head, chooser.optimizer(settings.optimizer)
     )
-    return PlannedSettings(placed.settings, step, (*reasons, *placed.reasons, *_not_carried_out(config)))
+    return PlannedSettings(settings, step, picked.way, (*reasons, *_not_carried_out(config)))
+
+
+def fixed_values_note(why: str) -> str:
+    """Said where no plan decides."""
+    return f"micro batch, checkpointing, loss head and optimizer are fixed values where they are auto: {why}"
+
+
+def _open_keys(config: Config) -> frozenset[str]:
+    """The keys of memory and speed that are `auto` and that nothing else decides."""
+    training = config.training
+    taken = {CHECKPOINTING} if config.model.placement == "streamed" else set()
+    taken |= {LOSS_HEAD} if training.fused_kernels == "liger" else set()
+    names = (MICRO_BATCH, CHECKPOINTING, LOSS_HEAD, OPTIMIZER)
+    return frozenset(key for key in names if getattr(training, key.partition(".")[2]) == "auto") - taken
+
+
+def _values(settings: MemorySettings) -> dict[str, str | int]:
+    return {
+        MICRO_BATCH: settings.rows,
+        CHECKPOINTING: "full" if settings.gradient_checkpointing else "none",
+        LOSS_HEAD: settings.loss_head,
+        OPTIMIZER: settings.optimizer,
+    }
+
+
+def _leanest(config: Config, model: ModelChoices) -> StepMemory:
+    """What the config says, and where it says auto what needs least."""
+    training = config.training
+    asked, micro = training.gradient_checkpointing, training.micro_batch_size
+    per_device = max(1, training.batch_size // model.processes)
+    return StepMemory(
+        micro_batch_size=1 if micro == "auto" else min(micro, per_device),
+        gradient_checkpointing=asked in ("auto", "full", "selective", True),
+        loss_head="chunked" if training.loss_head == "auto" else training.loss_head,
+        optimizer=USUAL_OPTIMIZER if training.optimizer == "auto" else training.optimizer,
+    )
 
 
 def chosen_step(
     config: Config, chooser: Chooser, model: ModelChoices, rows: Rows, parameters: int, vocabulary: int
 ) -> StepMemory:
-    """Micro batch, checkpointing, loss head and optimizer."""
+    """Micro batch, checkpointing, loss head and optimizer by fixed rules: for a base that no plan covers."""
     per_device = max(1, config.training.batch_size // model.processes)
     micro = min(chooser.micro_batch_size(rows.longest, packed=rows.packed, processes=model.processes), per_device)
-    selective = config.training.gradient_checkpointing == "selective"
     return StepMemory(
         micro_batch_size=micro,
-        gradient_checkpointing=selective or chooser.gradient_checkpointing(rows.longest, parameters),
-        loss_head=_loss_head(config, chooser, micro, rows.longest, vocabulary),
+        gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
+        loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
     )
+
+
+def _shared_settings(
+    config: Config,
+    model: ModelChoices,
+    architecture: Architecture,
+    machine: Machine,
+    rows: Rows,
+    step: StepMemory,
+    reasons: list[str],
+) -> MemorySettings:
+    """The settings of that step, and how devices share it out; what was decided there goes to `reasons`."""
+    settings = with_the_loss_that_runs(_settings(config, model, machine, rows, step), architecture)
+    return _shared_out(settings, config, architecture, machine, reasons)
 
 
 def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows, step: StepMemory) -> MemorySettings:
@@ -201,12 +271,6 @@ def _method(config: Config) -> Method:
 def _targets(config: Config) -> str | tuple[str, ...]:
     wanted = config.adapter.target_modules
     return wanted if isinstance(wanted, str) else tuple(wanted)
-
-
-def _loss_head(config: Config, chooser: Chooser, micro: int, longest: int, vocabulary: int) -> Any:
-    if config.training.fused_kernels == "liger" and config.training.loss_head == "auto":
-        return "chunked"
-    return chooser.loss_head(micro, longest, vocabulary)
 
 
 def _offload(config: Config) -> frozenset[str]:

@@ -7,25 +7,61 @@ from collections.abc import Iterable
 import numpy as np
 
 from charkha.backends.base import Packing
+from charkha.config import Config
+from charkha.data.order import padded_micro_batches
 from charkha.data.shards import Shard
-from charkha.plan.rows import Rows
+from charkha.plan.packing_support import BY_MASK
+from charkha.plan.rows import MicroBatches, Rows
+from charkha.training.dataset import PreparedData
+from charkha.training.planned_settings import ModelChoices
 
 _LARGEST_MICRO_BATCH = 1024  # that a plan looks at
+_LENGTH_GROUPS = 8  # in which micro batches of like length are timed together
 
 
-def rows_of(shard: Shard, packing: Packing | None, batch_size: int, micro_batch_size: int | None) -> Rows:
-    """Facts of the rows as they will be trained; `micro_batch_size` is what the config fixes, None for auto."""
+def rows_of(data: PreparedData, packing: Packing | None, config: Config, model: ModelChoices) -> Rows:
+    """Facts of the rows as they will be trained, for every micro batch size that a plan may take."""
+    shard, training = data.train, config.training
+    most = min(training.batch_size, _LARGEST_MICRO_BATCH)
+    sizes = {size for size in range(1, most + 1) if training.batch_size % size == 0}
+    sizes |= set() if training.micro_batch_size == "auto" else {training.micro_batch_size}
     if packing is not None:
-        tokens = int(shard.lengths.sum())
-        return Rows(packing.row_tokens, tokens / packing.rows, packing.rows, known=True, packed=True)
-    most = min(batch_size, _LARGEST_MICRO_BATCH)
-    sizes = {size for size in range(1, most + 1) if batch_size % size == 0} | {micro_batch_size or 1}
+        mean = float(shard.lengths.sum()) / packing.rows
+        shapes = {size: _packed_shapes(data, packing, size, model) for size in sizes}
+        return Rows(packing.row_tokens, mean, packing.rows, known=True, packed=True, shapes=shapes)
     return Rows(
         longest=int(shard.lengths.max()),
         mean=float(shard.lengths.mean()),
         count=len(shard.lengths),
         trained_positions=trained_positions(shard, sizes),
         known=True,
+        shapes={size: _shapes(data, size, config) for size in sizes},
+    )
+
+
+def _packed_shapes(data: PreparedData, packing: Packing, size: int, model: ModelChoices) -> tuple[MicroBatches, ...]:
+    """All alike; attention looks over a document where the kernel is told its bounds, else over the whole row."""
+    lengths = data.train.lengths.astype(float)
+    by_mask = model.model_type in BY_MASK or model.attention == "eager"
+    looked_over = packing.row_tokens if by_mask else float((lengths**2).sum() / lengths.sum())
+    full, rest = divmod(packing.rows, size)
+    counts = [(full, size), (1, rest)] if rest else [(full, size)]
+    return tuple(MicroBatches(count, rows * packing.row_tokens, looked_over) for count, rows in counts)
+
+
+def _shapes(data: PreparedData, size: int, config: Config) -> tuple[MicroBatches, ...]:
+    """The first epoch's micro batches of `size` rows, from short to long in groups of like count."""
+    rows, longest = padded_micro_batches(
+        data.train.lengths,
+        batch_size=config.training.batch_size,
+        micro_batch_size=size,
+        seed=config.training.seed,
+        fingerprint=data.fingerprint,
+    )
+    groups = np.array_split(np.argsort(longest, kind="stable"), min(_LENGTH_GROUPS, len(longest)))
+    return tuple(
+        MicroBatches(len(group), float((rows[group] * longest[group]).mean()), float(longest[group].mean()))
+        for group in groups
     )
 
 

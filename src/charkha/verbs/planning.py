@@ -18,21 +18,18 @@ from charkha.errors import DataError, EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.base_checks import check_base_config
-from charkha.plan.cost import Cost, buy_or_rent, run_cost
-from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
-from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.cost import buy_or_rent, run_cost
+from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.popular_models import popular_config
 from charkha.plan.rows import Rows
-from charkha.plan.search import Candidate, evaluate, fallbacks, machines_that_fit, propose
-from charkha.plan.speed import P90_FACTOR
+from charkha.plan.search import Candidate, evaluate, machines_that_fit, propose
 from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
 from charkha.training.choices import Chooser, steps_of_an_epoch
+from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
+from charkha.training.planned_trace import Traced, traced_peak
 from charkha.training.sources import sources_of
-from charkha.units import format_bytes
-from charkha.verbs.planned_streaming import streamed_plan
-from charkha.verbs.planned_trace import Traced, traced_peak
 
 _NO_CONFIG = "put the model's config.json there"
 PlanMethod = Literal["trace", "closed_form"]
@@ -72,23 +69,21 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
-    rows, has_eval, notes = _rows(loaded, base, max_length, chooser, model, machine)
+    data = _data(loaded, base, max_length, chooser, model, machine)
+    rows = data.rows
     planned = planned_settings(loaded.config, chooser, model, architecture, machine, rows)
     if rows.count is not None:
-        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), has_eval)
+        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), data.has_eval)
     found = evaluate(architecture, planned.settings, machine)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
-    record = _record(loaded.config, architecture, machine, rows, found, None if traced.why_not else traced)
+    record = plan_record(loaded.config, architecture, machine, rows, found, traced)
     record["choices"] = [asdict(choice) for choice in chooser.choices]
-    record["reasons"] = [*(str(choice) for choice in chooser.choices), *planned.reasons, *notes]
-    record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
-    record["reasons"] += _verdicts(record, found, machine)
-    streamed = streamed_plan(architecture, found, machine, record["host_ram_bytes"])
-    record["streaming"] = streamed.record if streamed else None
-    record["reasons"] += streamed.reasons if streamed else ()
+    said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
+    record["reasons"] = [*said, *record["reasons"]]
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    record["alternatives"] += _packing(loaded.config, model, architecture, machine, data)
     if wish.buy_or_rent:
         record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
     if not record["fits"]:
@@ -140,13 +135,20 @@ def _architecture(base: _Base) -> Architecture:
         ) from None
 
 
-def _rows(
-    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
-) -> tuple[Rows, bool, list[str]]:
-    """(rows, whether any are held out, notes): lengths as they will be trained where the tokenizer is here.
+@dataclass(frozen=True)
+class _Data:
+    """What is known of the rows; `other` are the same packed, or the same unpacked, where that could be chosen too."""
 
-    Else every row is taken as long as max_length.
-    """
+    rows: Rows
+    has_eval: bool
+    notes: tuple[str, ...] = ()
+    other: Rows | None = None
+
+
+def _data(
+    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> _Data:
+    """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
     from charkha.data.formats import read_rows
 
     files, missing = _files(loaded)
@@ -159,7 +161,7 @@ def _rows(
     else:
         count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
     packed = loaded.config.data.packing is True
-    return Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), notes
+    return _Data(Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), tuple(notes))
 
 
 def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
@@ -173,8 +175,8 @@ def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
 
 def _tokenized(
     loaded: LoadedConfig, folder: Path, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
-) -> tuple[Rows, bool, list[str]]:
-    from charkha.training.packing_choice import choose_packing
+) -> _Data:
+    from charkha.training.packing_choice import choose_packing, packing_option
     from charkha.training.preparing import prepare_data
     from charkha.training.row_facts import rows_of
 
@@ -184,126 +186,11 @@ def _tokenized(
         loaded = replace(loaded, config=config.model_copy(update={"data": data}))
     with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
         prepared = prepare_data(loaded, folder, Path(scratch), max_length, None)
-        packing = choose_packing(config, chooser, prepared.train.lengths, max_length, model, machine.device)
-        size = config.training.micro_batch_size
-        rows = rows_of(prepared.train, packing, config.training.batch_size, None if size == "auto" else size)
-    return rows, prepared.eval is not None, []
-
-
-def _record(
-    config: Config,
-    architecture: Architecture,
-    machine: Machine,
-    rows: Rows,
-    found: Candidate,
-    traced: Traced | None,
-) -> dict[str, Any]:
-    settings, memory = found.settings, found.memory
-    allocated = traced.allocated_bytes if traced else memory.allocated
-    reserved = memory.reserved
-    if traced:  # of rows of one length; what varying ones leave behind is the closed form's to say
-        outgrown = memory.fragmentation if settings.lengths_vary and settings.device == "cuda" else 0
-        reserved = max(traced.reserved_bytes, allocated + outgrown)
-    tokens = int(rows.mean * (rows.count or 0))
-    host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
-    disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
-    seconds = _seconds(config, rows, found)
-    cost = run_cost(
-        machine,
-        seconds or 0.0,
-        currency=config.cost.currency,
-        electricity_per_kwh=config.cost.electricity_per_kwh,
-    )
-    return {
-        "fits": _fits(found, machine, allocated, host, disk),
-        "method": "trace" if traced else "closed_form",
-        "machine": machine.name,
-        "devices": settings.processes,
-        "peak_allocated_bytes": allocated,
-        "peak_reserved_bytes": reserved,
-        "peak_device_bytes": reserved + memory.context,
-        "least_device_bytes": _least(found, allocated),
-        "device_limit_bytes": found.limit_bytes or None,
-        "breakdown": dict(traced.breakdown or {}) if traced else found.preview.breakdown,
-        "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
-        "moments": found.preview.moments,
-        "trainable_parameters": found.preview.trainable_parameters,
-        "total_parameters": architecture.parameters,
-        "active_parameters": architecture.active_parameters,
-        "tokens_per_second": round(found.tokens_per_second * _filled(rows), 1),
-        "seconds": None if seconds is None else round(seconds, 1),
-        "seconds_p90": None if seconds is None else round(seconds * P90_FACTOR, 1),
-        "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
-        "cost": _cost_record(cost, config, seconds),
-        "host_ram_bytes": host,
-        "disk_bytes": disk,
-        "settings": _settings_record(settings),
-        "fallbacks": list(fallbacks(settings)),
-    }
-
-
-def _filled(rows: Rows) -> float:
-    """Share of a row that is tokens and not padding."""
-    return rows.mean / rows.longest if rows.known else 1.0
-
-
-def _seconds(config: Config, rows: Rows, found: Candidate) -> float | None:
-    """Of all optimizer steps at rows of mean length; None where nobody knows how many there are."""
-    training, settings = config.training, found.settings
-    steps = training.max_steps
-    if steps is None:
-        if rows.count is None:
-            return None
-        steps = max(1, round(training.epochs * -(-rows.count // training.batch_size)))
-    step = found.time.step_seconds(settings.accumulation_steps)
-    # Rows of a micro batch are padded to its longest; batches differ, and half of the padding is a fair guess.
-    return steps * step * ((1 + _filled(rows)) / 2)
-
-
-def _least(found: Candidate, allocated: int) -> int:
-    """The smallest card that would do: the closed form's, by as much more or less as the trace finds alive."""
-    return found.memory.least + allocated - found.memory.allocated
-
-
-def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: int) -> bool:
-    least = _least(found, allocated)
-    device = least <= found.limit_bytes if machine.gpu or found.limit_bytes else True
-    ram = machine.ram_bytes is None or host <= machine.ram_bytes
-    return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
-
-
-def _cost_record(cost: Cost, config: Config, seconds: float | None) -> dict[str, Any]:
-    known = seconds is not None
-    return {
-        "currency": cost.currency,
-        "electricity": round(cost.electricity, 2) if known else None,
-        "electricity_per_kwh": config.cost.electricity_per_kwh,
-        "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
-        "rental_provider": cost.rental_provider,
-        "wall_w": round(cost.wall_w),
-        "ups_minutes": cost.ups_minutes,
-        "ups_wh": round(cost.ups_wh, 1),
-    }
-
-
-def _settings_record(settings: MemorySettings) -> dict[str, Any]:
-    return asdict(settings) | {"offload": sorted(settings.offload)}
-
-
-def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
-    """What does not fit, by how much; and host memory beside the usual rule where it is known."""
-    said = []
-    if found.settings.lengths_vary and machine.device == "cuda":
-        outgrown = format_bytes(found.memory.fragmentation)
-        said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")
-    least, limit = record["least_device_bytes"], found.limit_bytes
-    if limit and least > limit:
-        said.append(f"does not fit: {format_bytes(least)} is the least, {machine.name} has {format_bytes(limit)} each")
-    if machine.ram_bytes is not None and record["host_ram_bytes"] > machine.ram_bytes:
-        said.append(f"host memory: {format_bytes(record['host_ram_bytes'])} of {format_bytes(machine.ram_bytes)}")
-    if machine.disk_free_bytes is not None and record["disk_bytes"] > machine.disk_free_bytes:
-        said.append(f"disk: {format_bytes(record['disk_bytes'])} of {format_bytes(machine.disk_free_bytes)} free")
-    return said
+        lengths = prepared.train.lengths
+        packing = choose_packing(config, chooser, lengths, max_length, model, machine.device)
+        option = None if packing else packing_option(config, lengths, max_length, model)
+        other = rows_of(prepared, option, config, model) if packing or option else None
+        return _Data(rows_of(prepared, packing, config, model), prepared.eval is not None, other=other)
 
 
 def _alternatives(
@@ -315,9 +202,9 @@ def _alternatives(
             "changes": proposal.changes,
             "reason": proposal.reason,
             "fits": True,
-            **_short(config, machine, rows, proposal.candidate),
+            **_short(config, architecture, machine, rows, proposal.candidate),
         }
-        for proposal in propose(architecture, found.settings, machine)
+        for proposal in propose(architecture, found.settings, machine, rows)
     ]
     if not fits:
         machines = machines_that_fit(architecture, found.settings)
@@ -332,8 +219,37 @@ def _alternatives(
     return made
 
 
-def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -> dict[str, Any]:
-    seconds = _seconds(config, rows, candidate) if candidate.settings.tokens == rows.longest else None
+def _packing(
+    config: Config, model: ModelChoices, architecture: Architecture, machine: Machine, data: _Data
+) -> list[dict[str, Any]]:
+    """The same epochs with rows packed, or not: what padding costs. Nothing where steps are counted, not epochs."""
+    other = data.other
+    if other is None or other.count is None or config.training.max_steps is not None:
+        return []
+    chooser = Chooser(config, device_facts(machine))
+    planned = planned_settings(config, chooser, model, architecture, machine, other)
+    candidate = evaluate(architecture, planned.settings, machine)
+    steps = [rows.steps(config.training.batch_size) for rows in (data.rows, other)]
+    how = f"{other.count} rows of up to {other.longest} tokens"
+    return [
+        {
+            "name": "packing" if other.packed else "no_packing",
+            "changes": {"data.packing": other.packed},
+            "reason": f"{how}: {steps[1]} optimizer steps an epoch in the place of {steps[0]}",
+            "fits": candidate.fits,
+            **_short(config, architecture, machine, other, candidate),
+        }
+    ]
+
+
+def _short(
+    config: Config, architecture: Architecture, machine: Machine, rows: Rows, candidate: Candidate
+) -> dict[str, Any]:
+    seconds = (
+        run_seconds(config, architecture, machine, rows, candidate)
+        if candidate.settings.tokens == rows.longest
+        else None
+    )
     cost = run_cost(
         machine,
         seconds or 0.0,
@@ -344,7 +260,7 @@ def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -
     return {
         "peak_allocated_bytes": memory.allocated,
         "peak_reserved_bytes": memory.reserved,
-        "tokens_per_second": round(candidate.tokens_per_second * _filled(rows), 1),
+        "tokens_per_second": round(tokens_per_second(config, architecture, machine, rows, candidate), 1),
         "seconds": None if seconds is None else round(seconds, 1),
         "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
         "electricity": None if seconds is None else round(cost.electricity, 2),

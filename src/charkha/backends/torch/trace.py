@@ -40,9 +40,9 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
     `cache` is the folder of earlier ones; None: charkha's own. Takes 10 to 90 s the first time, and a GiB of host
     memory at most. Raises what `trace_here` raises, and CharkhaError when the child dies.
     """
-    stored = (cache or own_cache() / "traces") / f"{cache_key(request)}.json"
-    if stored.exists():
-        return result_from_json(json.loads(stored.read_text(encoding="utf-8")))
+    known = remembered_memory(request, cache=cache)
+    if known is not None:
+        return known
     with tempfile.TemporaryDirectory(prefix="charkha-trace-") as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(dataclasses.asdict(request)), encoding="utf-8")
@@ -55,8 +55,18 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
         result = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in result:
         raise _error_from_json(result["error"])
-    _store(stored, result)
+    _store(_stored(request, cache), result)
     return result_from_json(result)
+
+
+def remembered_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceResult | None:
+    """The result of an earlier trace of the same request under the same libraries; None where there is none."""
+    stored = _stored(request, cache)
+    return result_from_json(json.loads(stored.read_text(encoding="utf-8"))) if stored.exists() else None
+
+
+def _stored(request: TraceRequest, cache: Path | None) -> Path:
+    return (cache or own_cache() / "traces") / f"{cache_key(request)}.json"
 
 
 def trace_here(request: TraceRequest) -> TraceResult:

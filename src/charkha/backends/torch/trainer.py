@@ -47,6 +47,7 @@ from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
 from charkha.backends.torch.ranks import ALONE, Ranks, joined
 from charkha.backends.torch.streamed_model import engine_of
+from charkha.backends.torch.streamed_tables import weights_on_host
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
 from charkha.errors import DoesNotFit, TrainingFailed
@@ -311,4 +312,4 @@ def _unpacked_parameters(model: Any) -> int:
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8
         total += parameter.numel() * (2 if packed else 1)
-    return total
+    return total + weights_on_host(model)
