@@ -67,7 +67,12 @@ class Machine:
             return replace(self, gpus=(), uuids=(), free_bytes=(free_host_bytes(),) if self.here else ())
         free = tuple(self.free_bytes[card] for card in cards) if self.free_bytes else ()
         uuids = tuple(self.uuids[card] for card in cards) if self.uuids else ()
-        return replace(self, gpus=tuple(self.gpus[card] for card in cards), free_bytes=free, uuids=uuids)
+        gpus = tuple(self.gpus[card] for card in cards)
+        return replace(self, name=gpus[0].name if self.here else self.name, gpus=gpus, free_bytes=free, uuids=uuids)
+
+    def used_by(self, processes: int) -> Machine:
+        """The cards that so many processes train on: the first ones. A machine that is described is used whole."""
+        return self.only(range(min(processes, len(self.gpus)))) if self.here and self.gpus else self
 
     @property
     def device(self) -> str:

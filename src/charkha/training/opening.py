@@ -86,6 +86,7 @@ def open_session(
     skeleton = build_skeleton(base_folder)
     parameters = architecture.parameters if architecture else about_base.parameters
     model = choose_model(config, chooser, here.machine, base_config, parameters, attention_kernels(skeleton))
+    machine = here.machine.used_by(model.processes)
     base = BaseModelSpec(
         base_folder, model.dtype, model.attention, model.quantization, here.facts.device, model.streaming
     )
@@ -112,12 +113,12 @@ def open_session(
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
         memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
     else:
-        planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
-        step, short = planned.step, fit_note(architecture, planned, here.machine)
+        planned = planned_settings(config, chooser, model, architecture, machine, rows)
+        step, short = planned.step, fit_note(architecture, planned, machine)
         reasons = (*planned.reasons, *([short] if short else []))
-        memory = preview(config, chooser, architecture, here.machine, rows, planned, base_config)
+        memory = preview(config, chooser, architecture, machine, rows, planned, base_config)
         if not run.exists and not ignore_plan:
-            require_memory(config, architecture, here.machine, rows, planned)
+            require_memory(config, architecture, machine, rows, planned)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
     plan = apply_fallbacks(plan, run) if run.exists else plan

@@ -71,19 +71,20 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     max_length = chooser.max_length(architecture.max_positions)
     data = _data(loaded, base, max_length, chooser, model, machine)
     rows = data.rows
-    planned = planned_settings(loaded.config, chooser, model, architecture, machine, rows)
+    used = machine.used_by(model.processes)
+    planned = planned_settings(loaded.config, chooser, model, architecture, used, rows)
     if rows.count is not None:
         chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), data.has_eval)
-    found = evaluate(architecture, planned.settings, machine)
+    found = evaluate(architecture, planned.settings, used)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
-    record = plan_record(loaded.config, architecture, machine, rows, found, traced)
+    record = plan_record(loaded.config, architecture, used, rows, found, traced)
     record["choices"] = [asdict(choice) for choice in chooser.choices]
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
     record["reasons"] = [*said, *record["reasons"]]
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
-    record["alternatives"] += _packing(loaded.config, model, architecture, machine, data)
+    record["alternatives"] += _packing(loaded.config, model, architecture, used, data)
     if wish.buy_or_rent:
         record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
     if not record["fits"]:
