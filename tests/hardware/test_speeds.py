@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from charkha.caches import own_cache
 from charkha.hardware.machine import machine_record, read_machine, this_machine
 from charkha.hardware.speeds import (
     Speeds,
-    cache_folder,
     disk_read_bytes_per_s,
     mount_point,
-    remembered_folder,
     remembered_speeds,
     speeds_file,
     speeds_record,
@@ -73,20 +72,13 @@ def test_a_damaged_file_is_no_file(memory: Path, text: str) -> None:
 
 def test_a_machine_told_to_remember_nothing_has_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CHARKHA_HISTORY", "off")
-    assert remembered_folder() is None
     assert speeds_file() is None
     assert remembered_speeds([], tmp_path) == Speeds()
-    monkeypatch.delenv("CHARKHA_HISTORY")
-    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path))
-    assert remembered_folder() == tmp_path / "history"
-    monkeypatch.delenv("CHARKHA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder() == Path.home() / ".cache/charkha"
 
 
 def test_a_machine_file_carries_what_was_measured_here(memory: Path, tmp_path: Path) -> None:
     cards = [gpu.name for gpu in this_machine(tmp_path).gpus]
-    remember(memory, json.dumps(speeds_record(None, cards, cache_folder(), SPEEDS)))
+    remember(memory, json.dumps(speeds_record(None, cards, own_cache(), SPEEDS)))
     here = this_machine(tmp_path)
     assert (here.host_to_device_bytes_per_s, here.disk_read_bytes_per_s) == (24e9, 3.5e9)
     path = tmp_path / "machine.json"

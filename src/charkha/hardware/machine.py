@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from charkha.caches import own_cache
 from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
 from charkha.hardware.probe import probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
-from charkha.hardware.speeds import cache_folder, remembered_speeds
+from charkha.hardware.speeds import remembered_speeds
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
 BASE_POWER_W = {
@@ -60,7 +61,7 @@ def this_machine(disk: Path) -> Machine:
     if not gpus and host.system.startswith("Darwin"):
         gpus = _apple_here(host.processor, host.ram_bytes)
     existing = next(folder for folder in (disk, *disk.parents) if folder.exists())
-    speeds = remembered_speeds([gpu.name for gpu in gpus], cache_folder())
+    speeds = remembered_speeds([gpu.name for gpu in gpus], own_cache())
     return Machine(
         name=gpus[0].name if gpus else host.processor,
         gpus=gpus,

@@ -18,7 +18,7 @@ from charkha.errors import EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.base_checks import check_base_config
-from charkha.plan.cost import Cost, buy_or_rent, run_cost
+from charkha.plan.cost import buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
@@ -28,6 +28,7 @@ from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
 from charkha.units import format_bytes
 from charkha.verbs.planned_settings import Rows, chooser_of, planned_settings
+from charkha.verbs.planned_time import with_time
 from charkha.verbs.planned_trace import Traced, traced_peak
 
 _NO_CONFIG = "put the model's config.json there"
@@ -45,6 +46,7 @@ class PlanWish:
     buy_or_rent: bool = False
     hours_per_day: float = 8.0
     write_machine: Path | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     Raises ConfigError, UsageError (an unknown GPU, a base that cannot be planned for) and DataError.
     """
     loaded = load_config(wish.config, list(wish.overrides), to_plan=True)
+    if wish.probe:
+        from charkha.verbs.planned_probe import require_probe  # which imports NumPy, as no other plan needs
+
+        require_probe(loaded, wish.gpus)
     machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
     if wish.write_machine is not None:
         write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
@@ -76,6 +82,8 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     record = _record(loaded.config, architecture, machine, rows, found, None if traced.why_not else traced)
     record["reasons"] = [*planned.reasons, *notes]
     record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
+    if wish.probe:
+        _probe(record, wish, loaded.config, architecture, planned.settings, machine)
     record["reasons"] += _verdicts(record, found, machine)
     record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
     if wish.buy_or_rent:
@@ -83,6 +91,24 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if not record["fits"]:
         record["exit_code"] = 3
     return record
+
+
+def _probe(
+    record: dict[str, Any],
+    wish: PlanWish,
+    config: Config,
+    architecture: Architecture,
+    settings: MemorySettings,
+    machine: Machine,
+) -> None:
+    """Has what real steps on this device show take the place of what was predicted."""
+    from charkha.verbs.planned_probe import PROBE_P90, with_probe
+
+    measured = with_probe(record, wish.config, wish.overrides, architecture, settings, machine)
+    if measured is not None:
+        with_time(record, config, machine, measured.seconds, measured.seconds * PROBE_P90, measured.tokens_per_second)
+        corrected = ("seconds", "seconds_p90", "tokens_per_second", "peak_allocated_bytes", "peak_reserved_bytes")
+        record["probe"]["corrected"] = {name: record[name] for name in corrected}
 
 
 def _find_shape(loaded: LoadedConfig) -> _Base:
@@ -193,13 +219,7 @@ def _record(
     host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
     disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
     seconds = _seconds(config, rows, found)
-    cost = run_cost(
-        machine,
-        seconds or 0.0,
-        currency=config.cost.currency,
-        electricity_per_kwh=config.cost.electricity_per_kwh,
-    )
-    return {
+    record = {
         "fits": _fits(found, machine, allocated, host, disk),
         "method": "trace" if traced else "closed_form",
         "machine": machine.name,
@@ -215,16 +235,14 @@ def _record(
         "trainable_parameters": found.preview.trainable_parameters,
         "total_parameters": architecture.parameters,
         "active_parameters": architecture.active_parameters,
-        "tokens_per_second": round(found.tokens_per_second * _filled(rows), 1),
-        "seconds": None if seconds is None else round(seconds, 1),
-        "seconds_p90": None if seconds is None else round(seconds * P90_FACTOR, 1),
-        "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
-        "cost": _cost_record(cost, config, seconds),
         "host_ram_bytes": host,
         "disk_bytes": disk,
         "settings": _settings_record(settings),
         "fallbacks": list(fallbacks(settings)),
     }
+    p90 = None if seconds is None else seconds * P90_FACTOR
+    with_time(record, config, machine, seconds, p90, found.tokens_per_second * _filled(rows))
+    return record
 
 
 def _filled(rows: Rows) -> float:
@@ -255,20 +273,6 @@ def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: i
     device = least <= found.limit_bytes if machine.gpu or found.limit_bytes else True
     ram = machine.ram_bytes is None or host <= machine.ram_bytes
     return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
-
-
-def _cost_record(cost: Cost, config: Config, seconds: float | None) -> dict[str, Any]:
-    known = seconds is not None
-    return {
-        "currency": cost.currency,
-        "electricity": round(cost.electricity, 2) if known else None,
-        "electricity_per_kwh": config.cost.electricity_per_kwh,
-        "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
-        "rental_provider": cost.rental_provider,
-        "wall_w": round(cost.wall_w),
-        "ups_minutes": cost.ups_minutes,
-        "ups_wh": round(cost.ups_wh, 1),
-    }
 
 
 def _settings_record(settings: MemorySettings) -> dict[str, Any]:
