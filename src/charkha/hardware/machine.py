@@ -12,7 +12,7 @@ from typing import Any
 from charkha.caches import own_cache
 from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
-from charkha.hardware.probe import probe_host
+from charkha.hardware.probe import cpu_has_bf16, probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
 from charkha.hardware.speeds import remembered_speeds
 
@@ -38,6 +38,8 @@ class Machine:
     ram_bytes: int | None  # None: not known, so host memory is told but not judged
     disk_free_bytes: int | None = None
     cpu_flops: float = 100e9  # of a process on two cores, fp32; only used without cards
+    cpu_bf16: bool = False  # whether the processor has instructions for it
+    here: bool = False  # this very computer, whose packages and libraries are what will run
     # As `charkha doctor` measured them (hardware/speeds.py); None: not known.
     host_to_device_bytes_per_s: float | None = None  # from pinned memory to the slowest card
     disk_read_bytes_per_s: float | None = None  # of the disk where a streamed base waits
@@ -68,6 +70,8 @@ def this_machine(disk: Path) -> Machine:
         ram_bytes=host.ram_bytes,
         disk_free_bytes=shutil.disk_usage(existing).free,
         cpu_flops=_FLOPS_PER_CORE * host.physical_cores,
+        cpu_bf16=cpu_has_bf16(),
+        here=True,
         host_to_device_bytes_per_s=speeds.host_to_device_bytes_per_s,
         disk_read_bytes_per_s=speeds.disk_read_bytes_per_s,
     )

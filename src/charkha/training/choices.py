@@ -43,6 +43,7 @@ class DeviceFacts:
     compute_capability: tuple[int, int] | None
     native_bf16: bool = False  # of a CPU: has instructions for it, where others emulate it slowly
     count: int = 1
+    here: bool = True  # whether it is this very computer, whose packages can be looked for
 
 
 class Chooser:
@@ -93,6 +94,8 @@ class Chooser:
             )
         if asked != "auto":
             return asked
+        if missing is None and not self._facts.here:
+            missing = "whether the package flash-attn is installed there is not known"
         if missing is None:
             return self._choose("model.attention", "flash_attention_2", "package and GPU allow it")
         if "sdpa" not in kernels:
@@ -125,7 +128,7 @@ class Chooser:
             return f"{self._facts.name} is older than Ampere"
         if dtype == "fp32":
             return "FlashAttention 2 has no fp32 kernels"
-        if importlib.util.find_spec("flash_attn") is None:
+        if self._facts.here and importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"
         return None
 
@@ -226,7 +229,8 @@ class Chooser:
 
     def optimizer(self) -> str:
         asked = self._config.training.optimizer
-        if asked in BITSANDBYTES_OPTIMIZERS and importlib.util.find_spec("bitsandbytes") is None:
+        missing = self._facts.here and importlib.util.find_spec("bitsandbytes") is None
+        if asked in BITSANDBYTES_OPTIMIZERS and missing:
             raise EnvironmentProblem(
                 f"{asked} needs bitsandbytes, which is not installed",
                 where="training.optimizer",
@@ -259,25 +263,29 @@ class Chooser:
         return value
 
 
+@dataclass(frozen=True)
+class StepMemory:
+    """How one step is carried out; none of it but the optimizer changes what is learned."""
+
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    loss_head: str  # full | chunked
+    optimizer: str
+
+
 def step_plan(
     config: Config,
-    chooser: Chooser,
+    memory: StepMemory,
     *,
     rows: int,
-    longest_row: int,
-    parameters: int,
-    vocabulary: int,
-    has_eval: bool,
+    eval_steps: int | None,
     packing: Packing | None = None,
-    processes: int = 1,
 ) -> StepPlan:
-    """The optimizer's path for `rows` training rows; with `packing` both counts are those of packed rows."""
+    """The optimizer's path for `rows` training rows; with `packing` that many packed ones."""
     training = config.training
-    steps_per_epoch = math.ceil(rows / training.batch_size)
+    steps_per_epoch = steps_of_an_epoch(config, rows)
     total = training.max_steps or max(1, round(training.epochs * steps_per_epoch))
     interval = config.checkpoint.interval()
-    chooser.simple_defaults()
-    micro_batch_size = chooser.micro_batch_size(longest_row, packed=packing is not None, processes=processes)
     return StepPlan(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
@@ -287,18 +295,23 @@ def step_plan(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         batch_size=training.batch_size,
-        micro_batch_size=micro_batch_size,
-        gradient_checkpointing=chooser.gradient_checkpointing(longest_row, parameters),
-        loss_head=chooser.loss_head(micro_batch_size, longest_row, vocabulary),
-        optimizer=chooser.optimizer(),
+        micro_batch_size=memory.micro_batch_size,
+        gradient_checkpointing=memory.gradient_checkpointing,
+        loss_head=memory.loss_head,
+        optimizer=memory.optimizer,
         seed=training.seed,
-        eval_steps=chooser.eval_steps(steps_per_epoch, has_eval),
+        eval_steps=eval_steps,
         checkpoint_seconds=interval.seconds,
         checkpoint_steps=interval.steps,
         checkpoints_kept=config.checkpoint.keep,
         trainer=dict(config.trainer),
         packing=packing,
     )
+
+
+def steps_of_an_epoch(config: Config, rows: int) -> int:
+    """Optimizer steps that `rows` rows make; the last may be short."""
+    return math.ceil(rows / config.training.batch_size)
 
 
 def adapter_spec(config: Config) -> AdapterSpec:

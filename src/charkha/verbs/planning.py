@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import EnvironmentProblem, UsageError
+from charkha.errors import DataError, EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.base_checks import check_base_config
@@ -22,12 +22,15 @@ from charkha.plan.cost import buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
+from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate, fallbacks, machines_that_fit, propose
 from charkha.plan.speed import P90_FACTOR
 from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
+from charkha.training.choices import Chooser, steps_of_an_epoch
+from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
+from charkha.training.sources import sources_of
 from charkha.units import format_bytes
-from charkha.verbs.planned_settings import Rows, chooser_of, planned_settings
 from charkha.verbs.planned_time import with_time
 from charkha.verbs.planned_trace import Traced, traced_peak
 
@@ -71,16 +74,20 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
         write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
     base = _find_shape(loaded)
     architecture = _architecture(base)
-    chooser = chooser_of(loaded.config, machine)
+    chooser = Chooser(loaded.config, device_facts(machine))
+    model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
-    rows, notes = _rows(loaded, base, max_length)
-    planned = planned_settings(loaded.config, chooser, architecture, machine, rows)
+    rows, has_eval, notes = _rows(loaded, base, max_length, chooser, model, machine)
+    planned = planned_settings(loaded.config, chooser, model, architecture, machine, rows)
+    if rows.count is not None:
+        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), has_eval)
     found = evaluate(architecture, planned.settings, machine)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
     record = _record(loaded.config, architecture, machine, rows, found, None if traced.why_not else traced)
-    record["reasons"] = [*planned.reasons, *notes]
+    record["choices"] = [asdict(choice) for choice in chooser.choices]
+    record["reasons"] = [*(str(choice) for choice in chooser.choices), *planned.reasons, *notes]
     record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
     if wish.probe:
         _probe(record, wish, loaded.config, architecture, planned.settings, machine)
@@ -155,50 +162,54 @@ def _architecture(base: _Base) -> Architecture:
         ) from None
 
 
-def _rows(loaded: LoadedConfig, base: _Base, max_length: int) -> tuple[Rows, list[str]]:
-    """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
-    if base.folder is not None and (base.folder / "tokenizer.json").exists():
-        return _tokenized(loaded, base.folder, max_length)
-    packed = loaded.config.data.packing is True
-    count, note = _count_rows(loaded)
-    notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
-    return Rows(max_length, float(max_length), count, packed=packed), [*notes, *note]
+def _rows(
+    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> tuple[Rows, bool, list[str]]:
+    """(rows, whether any are held out, notes): lengths as they will be trained where the tokenizer is here.
 
-
-def _count_rows(loaded: LoadedConfig) -> tuple[int | None, list[str]]:
+    Else every row is taken as long as max_length.
+    """
     from charkha.data.formats import read_rows
 
-    total = 0
-    for source in loaded.config.data.train:
-        path = loaded.folder / Path(source if isinstance(source, str) else source.path).expanduser()
-        if not path.is_file():
-            return None, [f"{path} is not here, so the number of rows is not known: no hours, energy and money"]
-        total += len(read_rows(path, mapping=dict(loaded.config.data.map)).rows)
-    return total, []
+    files, missing = _files(loaded)
+    if missing is None and base.folder is not None and (base.folder / "tokenizer.json").exists():
+        return _tokenized(loaded, base.folder, max_length, chooser, model, machine)
+    if missing is None:
+        notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
+        mapping = dict(loaded.config.data.map)
+        count: int | None = sum(len(read_rows(path, mapping=mapping).rows) for path in files)
+    else:
+        count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
+    packed = loaded.config.data.packing is True
+    return Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), notes
 
 
-def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Rows, list[str]]:
+def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
+    """The training files, or why they cannot be read."""
+    try:
+        files = [source.path for source in sources_of(loaded.config, loaded.folder)]
+    except (DataError, EnvironmentProblem) as problem:
+        return [], f"{problem.where or loaded.folder}: {problem.message}"
+    return files, next((f"{path} is not here" for path in files if not path.is_file()), None)
+
+
+def _tokenized(
+    loaded: LoadedConfig, folder: Path, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> tuple[Rows, bool, list[str]]:
+    from charkha.training.packing_choice import choose_packing
     from charkha.training.preparing import prepare_data
-    from charkha.training.preview import trained_positions
+    from charkha.training.row_facts import rows_of
 
-    if not all(
-        (loaded.folder / Path(source if isinstance(source, str) else source.path).expanduser()).is_file()
-        for source in loaded.config.data.train
-    ):
-        count, note = _count_rows(loaded)
-        return Rows(max_length, float(max_length), count, packed=loaded.config.data.packing is True), note
-    if loaded.config.data.personal == "block":  # for training to refuse; what would be trained is counted all the same
-        data = loaded.config.data.model_copy(update={"personal": "report"})
-        loaded = replace(loaded, config=loaded.config.model_copy(update={"data": data}))
+    config = loaded.config
+    if config.data.personal == "block":  # for training to refuse; what would be trained is counted all the same
+        data = config.data.model_copy(update={"personal": "report"})
+        loaded = replace(loaded, config=config.model_copy(update={"data": data}))
     with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
-        shard = prepare_data(loaded, folder, Path(scratch), max_length, None).train
-        longest, mean, count = int(shard.lengths.max()), float(shard.lengths.mean()), len(shard.lengths)
-        batch = min(loaded.config.training.batch_size, count)
-        trained = {rows: trained_positions(shard, rows) for rows in range(1, batch + 1) if batch % rows == 0}
-    if loaded.config.data.packing is True:
-        filled = max(1, -(-int(mean * count) // max_length))
-        return Rows(max_length, mean * count / filled, filled, known=True, packed=True), []
-    return Rows(longest, mean, count, trained, known=True), []
+        prepared = prepare_data(loaded, folder, Path(scratch), max_length, None)
+        packing = choose_packing(config, chooser, prepared.train.lengths, max_length, model, machine.device)
+        size = config.training.micro_batch_size
+        rows = rows_of(prepared.train, packing, config.training.batch_size, None if size == "auto" else size)
+    return rows, prepared.eval is not None, []
 
 
 def _record(
