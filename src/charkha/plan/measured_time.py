@@ -98,3 +98,12 @@ def predicted_seconds(
         return step_time(architecture, shaped, machine.gpu, cpu_flops=machine.cpu_flops).micro_batch_seconds
 
     return seconds
+
+
+def closed_form_seconds(
+    architecture: Architecture, settings: MemorySettings, machine: Machine, schedule: Schedule
+) -> float:
+    """The closed form added up over all micro batches of a run, which its processes share."""
+    predicted = predicted_seconds(architecture, settings, machine)
+    time = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops)
+    return schedule.seconds(predicted, 0.0) / settings.processes + schedule.steps * time.optimizer_seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,5 @@ class Rows:
     trained_positions: Mapping[int, int] = field(default_factory=dict)  # of the longest micro batch, by its rows
     known: bool = False  # whether lengths were counted, not taken as max_length
     packed: bool = False
+    lengths: Any = field(default=None, compare=False, repr=False)  # int64 [documents], where they were counted
+    fingerprint: str = ""  # of the documents, which decides their order

@@ -36,7 +36,6 @@ _COLLECTIVE_SECONDS = 2e-4  # to start one gather or reduction
 _LAUNCH_SECONDS = 7e-6
 _KERNELS_A_LAYER = 110  # forward and backward of one layer, without recomputing
 _CPU_SHARE = 0.5
-P90_FACTOR = 1.25  # published runs of settings alike differ by a quarter in one of ten cases
 
 
 @dataclass(frozen=True)

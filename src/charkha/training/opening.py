@@ -17,7 +17,9 @@ from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
 from charkha.data.hub_names import parse_hub_name
 from charkha.errors import CharkhaError
+from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
+from charkha.plan.memory_settings import MemorySettings
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import (
@@ -42,6 +44,15 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the plan's closed form is asked about."""
+
+    architecture: Architecture
+    settings: MemorySettings
+    machine: Machine
+
+
+@dataclass(frozen=True)
 class Session:
     """All that is decided before the first step."""
 
@@ -58,6 +69,7 @@ class Session:
     device_name: str
     processes: int
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
+    planned: Planned | None = None  # None where the planner does not know the base's shapes
 
 
 def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, proved_leak: str | None = None) -> Session:
@@ -96,6 +108,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
     packing = choose_packing(config, chooser, data.train.lengths, max_length, model, here.facts.device, proved_leak)
     fixed_size = config.training.micro_batch_size
     reasons: tuple[str, ...] = ()
+    about: Planned | None = None
     rows = rows_of(data.train, packing, config.training.batch_size, None if fixed_size == "auto" else fixed_size)
     if architecture is None:
         chooser.simple_defaults()
@@ -105,6 +118,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
         step, reasons = planned.step, planned.reasons
         memory = preview(architecture, planned.settings)
+        about = Planned(architecture, planned.settings, here.machine)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
     plan = apply_limit(plan, run) if run.exists else plan
@@ -132,6 +146,7 @@ def open_session(loaded: LoadedConfig, run: RunFolder, observe: Observer, *, pro
         here.device_name,
         model.processes,
         proved_leak,
+        about,
     )
 
 

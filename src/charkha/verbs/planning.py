@@ -24,14 +24,13 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate, fallbacks, machines_that_fit, propose
-from charkha.plan.speed import P90_FACTOR
 from charkha.store.durable import write_durably
 from charkha.training.base_model import find_base
 from charkha.training.choices import Chooser, steps_of_an_epoch
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
 from charkha.training.sources import sources_of
 from charkha.units import format_bytes
-from charkha.verbs.planned_time import with_time
+from charkha.verbs.planned_time import corrected_by_history, planned_time, scaled, with_time
 from charkha.verbs.planned_trace import Traced, traced_peak
 
 _NO_CONFIG = "put the model's config.json there"
@@ -89,10 +88,12 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     record["choices"] = [asdict(choice) for choice in chooser.choices]
     record["reasons"] = [*(str(choice) for choice in chooser.choices), *planned.reasons, *notes]
     record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
+    ratio = corrected_by_history(record, loaded.config, architecture, planned.settings, machine)
     if wish.probe:
-        _probe(record, wish, loaded.config, architecture, planned.settings, machine)
+        ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, machine)
     record["reasons"] += _verdicts(record, found, machine)
-    record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
         record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
     if not record["fits"]:
@@ -107,15 +108,18 @@ def _probe(
     architecture: Architecture,
     settings: MemorySettings,
     machine: Machine,
-) -> None:
-    """Has what real steps on this device show take the place of what was predicted."""
+) -> float:
+    """Has what real steps on this device show take the place of what was predicted; by how much time changed."""
     from charkha.verbs.planned_probe import PROBE_P90, with_probe
 
+    before = record["tokens_per_second"]
     measured = with_probe(record, wish.config, wish.overrides, architecture, settings, machine)
-    if measured is not None:
-        with_time(record, config, machine, measured.seconds, measured.seconds * PROBE_P90, measured.tokens_per_second)
-        corrected = ("seconds", "seconds_p90", "tokens_per_second", "peak_allocated_bytes", "peak_reserved_bytes")
-        record["probe"]["corrected"] = {name: record[name] for name in corrected}
+    if measured is None:
+        return 1.0
+    with_time(record, config, machine, measured.seconds, measured.seconds * PROBE_P90, measured.tokens_per_second)
+    corrected = ("seconds", "seconds_p90", "tokens_per_second", "peak_allocated_bytes", "peak_reserved_bytes")
+    record["probe"]["corrected"] = {name: record[name] for name in corrected}
+    return float(before) / measured.tokens_per_second
 
 
 def _find_shape(loaded: LoadedConfig) -> _Base:
@@ -209,6 +213,7 @@ def _tokenized(
         packing = choose_packing(config, chooser, prepared.train.lengths, max_length, model, machine.device)
         size = config.training.micro_batch_size
         rows = rows_of(prepared.train, packing, config.training.batch_size, None if size == "auto" else size)
+        rows = replace(rows, lengths=prepared.train.lengths.copy(), fingerprint=prepared.fingerprint)
     return rows, prepared.eval is not None, []
 
 
@@ -229,7 +234,7 @@ def _record(
     tokens = int(rows.mean * (rows.count or 0))
     host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
     disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
-    seconds = _seconds(config, rows, found)
+    seconds, rate = planned_time(config, architecture, machine, rows, found)
     record = {
         "fits": _fits(found, machine, allocated, host, disk),
         "method": "trace" if traced else "closed_form",
@@ -251,27 +256,8 @@ def _record(
         "settings": _settings_record(settings),
         "fallbacks": list(fallbacks(settings)),
     }
-    p90 = None if seconds is None else seconds * P90_FACTOR
-    with_time(record, config, machine, seconds, p90, found.tokens_per_second * _filled(rows))
+    with_time(record, config, machine, seconds, None, rate)
     return record
-
-
-def _filled(rows: Rows) -> float:
-    """Share of a row that is tokens and not padding."""
-    return rows.mean / rows.longest if rows.known else 1.0
-
-
-def _seconds(config: Config, rows: Rows, found: Candidate) -> float | None:
-    """Of all optimizer steps at rows of mean length; None where nobody knows how many there are."""
-    training, settings = config.training, found.settings
-    steps = training.max_steps
-    if steps is None:
-        if rows.count is None:
-            return None
-        steps = max(1, round(training.epochs * -(-rows.count // training.batch_size)))
-    step = found.time.step_seconds(settings.accumulation_steps)
-    # Rows of a micro batch are padded to its longest; batches differ, and half of the padding is a fair guess.
-    return steps * step * ((1 + _filled(rows)) / 2)
 
 
 def _least(found: Candidate, allocated: int) -> int:
@@ -315,7 +301,7 @@ def _alternatives(
             "changes": proposal.changes,
             "reason": proposal.reason,
             "fits": True,
-            **_short(config, machine, rows, proposal.candidate),
+            **_short(config, architecture, machine, rows, proposal.candidate),
         }
         for proposal in propose(architecture, found.settings, machine)
     ]
@@ -332,8 +318,11 @@ def _alternatives(
     return made
 
 
-def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -> dict[str, Any]:
-    seconds = _seconds(config, rows, candidate) if candidate.settings.tokens == rows.longest else None
+def _short(
+    config: Config, architecture: Architecture, machine: Machine, rows: Rows, candidate: Candidate
+) -> dict[str, Any]:
+    seconds, rate = planned_time(config, architecture, machine, rows, candidate)
+    seconds = seconds if candidate.settings.tokens == rows.longest else None
     cost = run_cost(
         machine,
         seconds or 0.0,
@@ -344,7 +333,7 @@ def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -
     return {
         "peak_allocated_bytes": memory.allocated,
         "peak_reserved_bytes": memory.reserved,
-        "tokens_per_second": round(candidate.tokens_per_second * _filled(rows), 1),
+        "tokens_per_second": round(rate, 1),
         "seconds": None if seconds is None else round(seconds, 1),
         "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
         "electricity": None if seconds is None else round(cost.electricity, 2),
