@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from charkha.caches import own_cache
 from charkha.hardware.machine import machine_record, read_machine, this_machine
+from charkha.hardware.sensors import GpuLimits, PcieLink
 from charkha.hardware.speeds import (
     Speeds,
     disk_read_bytes_per_s,
@@ -74,6 +76,19 @@ def test_a_machine_told_to_remember_nothing_has_no_folder(monkeypatch: pytest.Mo
     monkeypatch.setenv("CHARKHA_HISTORY", "off")
     assert speeds_file() is None
     assert remembered_speeds([], tmp_path) == Speeds()
+
+
+@pytest.mark.parametrize(
+    ("link", "gb_s"), [(PcieLink(), 22), (PcieLink(1, 16, 4, 16), 22), (PcieLink(4, 4, 4, 4), 6.3)]
+)
+def test_a_card_in_a_narrow_slot_is_planned_with_that_slot(
+    link: PcieLink, gb_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = GpuLimits("RTX 4090", None, None, None, None, None, None, None, None)
+    told = {"limits": lambda index: limits, "memory_bytes": lambda index: None, "link": lambda index: link}
+    monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: SimpleNamespace(count=1, **told))
+    (gpu,) = this_machine(tmp_path).gpus
+    assert gpu.pcie_bytes_per_s == pytest.approx(gb_s * 1e9, rel=0.01)
 
 
 def test_a_machine_file_carries_what_was_measured_here(memory: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ BASE_POWER_W = {
     "amd": 150.0,
 }
 SUPPLY_EFFICIENCY = 0.9
+_REACHED_OF_LINK = 0.8  # by copies from pinned memory, of what the lanes carry
 _FLOPS_PER_CORE = 50e9  # fp32, of a desktop or server core with AVX2
 
 
@@ -86,7 +87,9 @@ def _gpu_here(nvml: Nvml, index: int) -> Gpu:
     except UnknownGpu:
         # Nothing is known of its speed, so time is a guess of a card of that memory; memory is what the card says.
         gpu = replace(find_gpu("RTX 3060 12GB"), name=limits.name or "GPU", memory_bytes=memory or 0)
-    return replace(gpu, power_w=limits.power_default_w or gpu.power_w)
+    link = nvml.link(index).most_bytes_per_s  # of this slot; the table's is of the card's best one
+    pcie = min(gpu.pcie_bytes_per_s, _REACHED_OF_LINK * link) if link else gpu.pcie_bytes_per_s
+    return replace(gpu, power_w=limits.power_default_w or gpu.power_w, pcie_bytes_per_s=pcie)
 
 
 def _apple_here(processor: str, ram_bytes: int) -> tuple[Gpu, ...]:
