@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from charkha.caches import history_folder
@@ -125,6 +126,7 @@ def _cost_record(cost: Cost, config: Config, *, known: bool) -> dict[str, Any]:
         "electricity_per_kwh": config.cost.electricity_per_kwh,
         "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
         "rental_provider": cost.rental_provider,
+        "rental_origin": None if cost.rental_origin is None else asdict(cost.rental_origin),
         "wall_w": round(cost.wall_w),
         "ups_minutes": cost.ups_minutes,
         "ups_wh": round(cost.ups_wh, 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from charkha.errors import DataError, EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.base_checks import check_base_config
-from charkha.plan.cost import buy_or_rent, run_cost
+from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
@@ -95,7 +96,13 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
     record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
-        record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        answer = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        record["buy_or_rent"] = None if answer is None else asdict(answer)
+        record["reasons"] += [] if answer is None else _price_words(answer)
+    if wish.write_machine is not None and machine.here and machine.disk_read_bytes_per_s is None:
+        record["reasons"].append(
+            "machine file: `charkha doctor` measures the speed of its disk and links; not known yet"
+        )
     if not record["fits"]:
         record["exit_code"] = 3
     return record
@@ -340,11 +347,19 @@ def _short(
     }
 
 
-def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> dict[str, Any] | None:
-    answer = buy_or_rent(
+def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> BuyOrRent | None:
+    return buy_or_rent(
         machine,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
         hours_per_day=hours_per_day,
     )
-    return None if answer is None else asdict(answer)
+
+
+def _price_words(answer: BuyOrRent) -> list[str]:
+    """How old the two prices are, where they are from, and whether anybody checked them."""
+    today = date.today()
+    return [
+        f"price of {answer.gpu}: {answer.price_origin.words(today)} (your own: CHARKHA_CARD_PRICES)",
+        f"offer of {answer.rental_provider}: {answer.rental_origin.words(today)} (your own: CHARKHA_RENTALS)",
+    ]
