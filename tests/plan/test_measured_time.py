@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def size(rows: int, longest: int) -> float:
 
 def timed(shape: tuple[int, int], *, fixed: float, slope: float, beside: float, count: int = 2) -> TimedStep:
     one = fixed + slope * size(*shape)
-    return TimedStep((shape,) * count, one, count * one + beside)
+    return TimedStep(str(shape), (shape,) * count, one, count * one + beside)
 
 
 def test_the_three_numbers_of_exact_steps_are_found() -> None:
@@ -43,7 +44,7 @@ def test_the_three_numbers_of_exact_steps_are_found() -> None:
 
 def test_one_slow_step_changes_nothing() -> None:
     steps = [timed(shape, fixed=0.5, slope=0.01, beside=0.2) for shape in (LONG, MEDIAN) * 3]
-    steps[2] = TimedStep(steps[2].shapes, 60.0, 120.0)
+    steps[2] = replace(steps[2], first_seconds=60.0, seconds=120.0)
     assert fitted(steps, size).per_predicted_second == pytest.approx(0.01)
 
 
@@ -54,7 +55,7 @@ def test_rows_of_one_length_are_scaled_through_the_origin() -> None:
 
 @pytest.mark.parametrize("median_seconds", [0.1, 99.0])
 def test_no_number_is_negative_whatever_noise_did(median_seconds: float) -> None:
-    steps = [TimedStep((LONG,), 3.0, 3.0), TimedStep((MEDIAN,), median_seconds, median_seconds)]
+    steps = [TimedStep("worst", (LONG,), 3.0, 3.0), TimedStep("median", (MEDIAN,), median_seconds, median_seconds)]
     model = fitted(steps, size)
     assert model.per_micro_batch >= 0
     assert model.per_predicted_second > 0

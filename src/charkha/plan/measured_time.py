@@ -5,8 +5,8 @@
 The prediction is the closed form's (plan/speed.py) for that many rows of that length, so what grows with positions and
 what grows with the square of a row's length keep their proportion; `a` is what every micro batch costs whatever its
 size (starting kernels, unpacking weights), and `c` what a step costs beside them (collating rows, clipping, the
-optimizer). Two shapes, the longest micro batch and a median one, give a and b; where both are as long as each other,
-or shorter ones took longer, a is 0.
+optimizer). Two sizes, the longest micro batches and those about the median, give a and b; where both are as long as
+each other, or shorter ones took longer, a is 0.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Shape = tuple[int, int]  # rows, tokens of the longest one
 
 @dataclass(frozen=True)
 class TimedStep:
-    """One real optimizer step over one or two micro batches, the steps before which were of the same kind."""
+    """One real optimizer step over one or two micro batches, of which other steps of its kind have the like."""
 
+    kind: str
     shapes: tuple[Shape, ...]
     first_seconds: float  # forward and backward of the first micro batch; of the only one with what follows it
     seconds: float  # of the whole step
@@ -57,18 +58,23 @@ class StepModel:
 
 
 def fitted(steps: Sequence[TimedStep], predicted: Callable[[int, int], float]) -> StepModel:
-    """The model through the medians of what was timed. `predicted` is of (rows, longest row), in seconds."""
-    by_shapes: dict[tuple[Shape, ...], list[TimedStep]] = {}
+    """The model through the medians of each kind. `predicted` is of (rows, longest row), in seconds."""
+    by_kind: dict[str, list[TimedStep]] = {}
     for step in steps:
-        by_shapes.setdefault(step.shapes, []).append(step)
+        by_kind.setdefault(step.kind, []).append(step)
     points = [
-        (predicted(*shapes[0]), statistics.median(step.first_seconds for step in timed))
-        for shapes, timed in by_shapes.items()
+        (
+            statistics.median(predicted(*step.shapes[0]) for step in timed),
+            statistics.median(step.first_seconds for step in timed),
+        )
+        for timed in by_kind.values()
     ]
     fixed, slope = _line(points)
     beside = [
-        statistics.median(step.seconds for step in timed) - sum(fixed + slope * predicted(*shape) for shape in shapes)
-        for shapes, timed in by_shapes.items()
+        statistics.median(
+            step.seconds - sum(fixed + slope * predicted(*shape) for shape in step.shapes) for step in timed
+        )
+        for timed in by_kind.values()
     ]
     return StepModel(fixed, slope, max(0.0, statistics.fmean(beside)))
 

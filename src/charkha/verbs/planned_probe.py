@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +94,7 @@ def measured_run(probed: Probed, architecture: Architecture, settings: MemorySet
     """The seconds of the whole run through the two-point model of plan/measured_time.py, and the peaks."""
     predicted = predicted_seconds(architecture, settings, machine)
     timed = [
-        TimedStep(tuple(zip(step.rows, step.longest, strict=True)), step.first_seconds, step.seconds)
+        TimedStep(step.kind, tuple(zip(step.rows, step.longest, strict=True)), step.first_seconds, step.seconds)
         for step in probed.result.steps
         if step.first_seconds is not None
     ]
@@ -131,16 +130,16 @@ def _most(values: Iterable[int | None]) -> int | None:
 
 
 def _one(steps: Sequence[ProbedStep], kinds: Sequence[str]) -> dict[str, Any]:
-    """The JSON of one shape: the median time of its timed steps, and the most memory of those that were measured."""
+    """The JSON of one size: the timed step of median seconds, the longest row, and the most memory."""
     chosen = [step for step in steps if step.kind in kinds]
-    timed = [step for step in chosen if step.first_seconds is not None]
-    shape = timed[0]
+    timed = sorted((step for step in chosen if step.first_seconds is not None), key=lambda step: step.seconds)
+    usual = timed[len(timed) // 2]
     return {
-        "rows": sum(shape.rows),
-        "longest_row": max(shape.longest),
-        "tokens": shape.tokens,
-        "micro_batches": len(shape.rows),
-        "seconds": round(statistics.median(step.seconds for step in timed), 4),
+        "rows": sum(usual.rows),
+        "longest_row": max(max(step.longest) for step in chosen),
+        "tokens": usual.tokens,
+        "micro_batches": len(usual.rows),
+        "seconds": round(usual.seconds, 4),
         "steps": len(timed),
         "peak_allocated_bytes": _most(step.peak_allocated_bytes for step in chosen),
         "peak_reserved_bytes": _most(step.peak_reserved_bytes for step in chosen),

@@ -8,8 +8,9 @@ profiler that hears the allocator slows them down:
     later    the step of those after it with the longest row, beside the states
     median   a micro batch of median size
 
-Then steps of the longest and of the median micro batch take turns and are timed. A step has two micro batches where the
-run's have several: beside the second one the gradients of the first are alive, and no further one changes that.
+Then steps of the longest micro batches and of those of about median size take turns and are timed. A step has two micro
+batches where the run's have several: beside the second one the gradients of the first are alive, and no further one
+changes that.
 """
 
 from __future__ import annotations
@@ -91,22 +92,26 @@ def _chosen(whole: MicroBatchPlan, total_steps: int) -> list[_Chosen]:
     count = whole.micro_batches_per_step
     together = min(2, count)
     later = whole.largest_step_after_first(total_steps)
-    middle = _median_element(whole, min(total_steps, whole.steps_per_epoch) * count)
+    ranked = _by_size(whole, min(total_steps, whole.steps_per_epoch) * count)
+    middle = len(ranked) // 2
     steps = [_Chosen("first", tuple(range(together)))]
     if later is not None:
         steps.append(_Chosen("later", tuple(range(later * count, later * count + together))))
-    steps.append(_Chosen("median", (middle,) * together))
-    in_turn = [_Chosen("worst", (0,) * together, timed=True), _Chosen("median", (middle,) * together, timed=True)]
-    return [*steps, *(in_turn * _MOST_TIMED)]
+    steps.append(_Chosen("median", (ranked[middle],) * together))
+    for turn in range(_MOST_TIMED):
+        # No micro batch twice, as in the run: one that is repeated finds memory and caches as it left them.
+        places = range(turn * together, (turn + 1) * together)
+        steps.append(_Chosen("worst", tuple(ranked[place % len(ranked)] for place in places), timed=True))
+        around = (middle + (place + 1) // 2 * (-1) ** place for place in places)
+        steps.append(_Chosen("median", tuple(ranked[place % len(ranked)] for place in around), timed=True))
+    return steps
 
 
-def _median_element(whole: MicroBatchPlan, elements: int) -> int:
-    """Number of a micro batch that half of those with rows are larger than, by positions."""
+def _by_size(whole: MicroBatchPlan, elements: int) -> list[int]:
+    """Numbers of the micro batches that have rows, the one of most positions first."""
     shapes = {element: whole.shape_of(element) for element in range(elements)}
-    filled = sorted(
-        (rows * longest, element) for element, (rows, longest) in shapes.items() if (rows, longest) != EMPTY
-    )
-    return filled[len(filled) // 2][1] if filled else 0
+    filled = [element for element, shape in shapes.items() if shape != EMPTY] or [0]
+    return sorted(filled, key=lambda element: (-shapes[element][0] * shapes[element][1], element))
 
 
 class _Meter:
