@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,6 +44,13 @@ def test_without_runs_the_plan_stands_and_scatters_as_published_runs_do() -> Non
     found = correction([], SHAPE, "cuda", GIB)
     assert (found.runs, found.ratio, found.reasons) == (0, 1.0, ())
     assert found.p90 == pytest.approx(PUBLISHED_P90["cuda"])
+
+
+def test_that_scatter_is_what_the_page_of_published_runs_says() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/plan-accuracy.md").read_text(encoding="utf-8")
+    told = re.search(r"Nine of ten runs of class A took at most ([\d.]+) times", page)
+    assert told is not None
+    assert PUBLISHED_P90["cuda"] == pytest.approx(float(told[1]), abs=0.05)
 
 
 def test_the_more_runs_the_nearer_to_their_median() -> None:
