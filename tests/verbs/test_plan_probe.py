@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +103,27 @@ def test_an_interrupted_probe_leaves_nothing_behind(temporary: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         probe_run(Path("x.yaml"), [])
     assert not list(temporary.iterdir())
+
+
+KILLED = """
+import sys, tempfile
+from pathlib import Path
+from charkha.training.probing import probe_run
+tempfile.tempdir = sys.argv[1]
+probe_run(Path("x.yaml"), [], program=[sys.executable, "-c", "import time; time.sleep(60)"])
+"""
+
+
+def test_a_killed_probe_takes_its_rows_and_its_child_along(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    until = time.monotonic() + 30
+    while not (requests := list(tmp_path.glob("*/request.json"))) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert requests
+    time.sleep(0.2)
+    parent.terminate()
+    assert parent.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 # The plan

@@ -13,14 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,7 +33,7 @@ from charkha.config_file import LoadedConfig, load_config
 from charkha.errors import CharkhaError, DoesNotFit, EnvironmentProblem, TrainingFailed, UsageError
 from charkha.plan.schedule import Schedule
 from charkha.store.runs import RunFolder
-from charkha.training.signals import end_with_parent
+from charkha.training.signals import end_with_parent, under_nohup
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _SMALLER = "a smaller training.micro_batch_size, gradient_checkpointing: full, or a smaller data.max_length"
@@ -61,10 +65,11 @@ def probe_run(config: Path, overrides: Sequence[str], *, program: Sequence[str] 
     """Tries the longest and a median micro batch of this run on this device; takes the loading of the base and seconds.
 
     Raises ProbeOutOfMemory where memory is too little, and what `charkha train` would raise before its first step.
-    Nothing is left behind, also after Ctrl-C. `program` stands for the child in tests.
+    Nothing is left behind, also after Ctrl-C, a kill or a closed terminal: the folder holds rows. `program` stands for
+    the child in tests.
     """
     command = [*(program or (sys.executable, "-P", "-m", "charkha.training.probing"))]
-    with tempfile.TemporaryDirectory(prefix="charkha-probe-") as folder:
+    with _ended_by_signals(), tempfile.TemporaryDirectory(prefix="charkha-probe-") as folder:
         asked, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(
             json.dumps({"config": str(config.resolve()), "overrides": list(overrides), "parent": os.getpid()}),
@@ -89,6 +94,25 @@ def probe_run(config: Path, overrides: Sequence[str], *, program: Sequence[str] 
         return _probed.validate_python(told)
     except ValidationError as error:
         raise CharkhaError(f"the probe answered something else: {error}") from error
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception, so that it cleans up; only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if not under_nohup(number)]
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ended(code: int, stderr: str) -> CharkhaError:
@@ -144,11 +168,18 @@ def _reporting_personal_data(loaded: LoadedConfig) -> LoadedConfig:
     return replace(loaded, config=loaded.config.model_copy(update={"data": data}))
 
 
+def _leave_nothing(scratch: Path) -> NoReturn:
+    """The child's end when its parent was killed, which can then not clean up itself."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(128 + signal.SIGTERM)
+
+
 def main(arguments: list[str]) -> int:
     """The child process; its exit code."""
     asked, answer = (Path(argument) for argument in arguments)
     request = json.loads(asked.read_text(encoding="utf-8"))
-    end_with_parent(request["parent"], signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: _leave_nothing(answer.parent))
+    end_with_parent(request["parent"])
     try:
         probed = probe_here(Path(request["config"]), request["overrides"], answer.parent)
         told, code = _probed.dump_python(probed, mode="json"), 0
