@@ -17,7 +17,10 @@ from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
 from charkha.data.hub_names import parse_hub_name
 from charkha.errors import CharkhaError
+from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
+from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.rows import Rows
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import (
@@ -43,6 +46,16 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the plan's closed form is asked about."""
+
+    architecture: Architecture
+    settings: MemorySettings
+    machine: Machine
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Session:
     """All that is decided before the first step."""
 
@@ -59,6 +72,7 @@ class Session:
     device_name: str
     processes: int
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
+    planned: Planned | None = None  # None where the planner does not know the base's shapes
 
 
 def open_session(
@@ -108,6 +122,7 @@ def open_session(
     packing = choose_packing(config, chooser, data.train.lengths, max_length, model, here.facts.device, proved_leak)
     reasons: tuple[str, ...] = ()
     rows = rows_of(data, packing, config, model)
+    about: Planned | None = None
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
@@ -119,6 +134,7 @@ def open_session(
         memory = preview(config, chooser, architecture, machine, rows, planned, base_config)
         if not run.exists and not ignore_plan:
             require_memory(config, architecture, machine, rows, planned)
+        about = Planned(architecture, planned.settings, machine, rows)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
     plan = apply_fallbacks(plan, run) if run.exists else plan
@@ -147,6 +163,7 @@ def open_session(
         here.device_name,
         model.processes,
         proved_leak,
+        about,
     )
 
 
