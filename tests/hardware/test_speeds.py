@@ -85,7 +85,8 @@ def test_a_card_in_a_narrow_slot_is_planned_with_that_slot(
     link: PcieLink, gb_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = GpuLimits("RTX 4090", None, None, None, None, None, None, None, None)
-    told = {"limits": lambda index: limits, "memory_bytes": lambda index: None, "link": lambda index: link}
+    nothing = {"memory_bytes": lambda index: None, "free_bytes": lambda index: None}
+    told = {"limits": lambda index: limits, "link": lambda index: link, **nothing}
     monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: SimpleNamespace(count=1, **told))
     (gpu,) = this_machine(tmp_path).gpus
     assert gpu.pcie_bytes_per_s == pytest.approx(gb_s * 1e9, rel=0.01)

@@ -57,9 +57,17 @@ def test_rows_of_one_length_are_scaled_through_the_origin() -> None:
 def test_no_number_is_negative_whatever_noise_did(median_seconds: float) -> None:
     steps = [TimedStep("worst", (LONG,), 3.0, 3.0), TimedStep("median", (MEDIAN,), median_seconds, median_seconds)]
     model = fitted(steps, size)
-    assert model.per_micro_batch >= 0
-    assert model.per_predicted_second > 0
+    assert all(model.step_seconds([(2, tokens)], size) > 0 for tokens in range(1, 2 * LONG[1]))
     assert model.per_step >= 0
+
+
+def test_what_grows_faster_than_predicted_is_met_at_both_sizes_and_scaled_down_below() -> None:
+    steps = [timed(shape, fixed=-0.3 * 0.01 * size(*MEDIAN), slope=0.01, beside=0.0) for shape in (LONG, MEDIAN)]
+    model = fitted(steps, size)
+    for step in steps:
+        assert model.step_seconds(step.shapes, size) == pytest.approx(step.seconds)
+    half = model.micro_batch_seconds(size(*MEDIAN) / 2)
+    assert half == pytest.approx(steps[1].first_seconds / 2)
 
 
 def test_the_closed_form_is_asked_for_every_shape_with_its_share_of_trained_positions() -> None:

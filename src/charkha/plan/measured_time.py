@@ -5,8 +5,9 @@
 The prediction is the closed form's (plan/speed.py) for that many rows of that length, so what grows with positions and
 what grows with the square of a row's length keep their proportion; `a` is what every micro batch costs whatever its
 size (starting kernels, unpacking weights), and `c` what a step costs beside them (collating rows, clipping, the
-optimizer). Two sizes, the longest micro batches and those about the median, give a and b; where both are as long as
-each other, or shorter ones took longer, a is 0.
+optimizer). Two sizes, the longest micro batches and those about the median, give a and b. Where the longer one took
+more beyond the shorter than was predicted, `a` is negative, and what is shorter than both is scaled down from the
+shorter one. Where both are as long as each other, or the shorter took longer, a is 0.
 """
 
 from __future__ import annotations
@@ -37,24 +38,25 @@ class TimedStep:
 
 @dataclass(frozen=True)
 class StepModel:
-    """The three numbers of this file's head."""
+    """The three numbers of this file's head, and the least that a predicted second takes where `a` is negative."""
 
     per_micro_batch: float
     per_predicted_second: float
     per_step: float
+    least_per_predicted_second: float = 0.0
+
+    def micro_batch_seconds(self, predicted: float) -> float:
+        """Of one micro batch of so many predicted seconds."""
+        line = self.per_micro_batch + self.per_predicted_second * predicted
+        return max(line, self.least_per_predicted_second * predicted)
 
     def step_seconds(self, shapes: Iterable[Shape], predicted: Callable[[int, int], float]) -> float:
         """Of one step over micro batches of these shapes."""
-        return self.per_step + sum(
-            self.per_micro_batch + self.per_predicted_second * predicted(*shape) for shape in shapes
-        )
+        return self.per_step + sum(self.micro_batch_seconds(predicted(*shape)) for shape in shapes)
 
     def run_seconds(self, schedule: Schedule, predicted: Callable[[int, int], float]) -> float:
         """Of all optimizer steps of the run; evaluation and saving are not in it."""
-        return schedule.seconds(
-            lambda rows, longest: self.per_micro_batch + self.per_predicted_second * predicted(rows, longest),
-            self.per_step,
-        )
+        return schedule.seconds(lambda rows, longest: self.micro_batch_seconds(predicted(rows, longest)), self.per_step)
 
 
 def fitted(steps: Sequence[TimedStep], predicted: Callable[[int, int], float]) -> StepModel:
@@ -69,25 +71,22 @@ def fitted(steps: Sequence[TimedStep], predicted: Callable[[int, int], float]) -
         )
         for timed in by_kind.values()
     ]
-    fixed, slope = _line(points)
+    model = _line(points)
     beside = [
-        statistics.median(
-            step.seconds - sum(fixed + slope * predicted(*shape) for shape in step.shapes) for step in timed
-        )
+        statistics.median(step.seconds - model.step_seconds(step.shapes, predicted) for step in timed)
         for timed in by_kind.values()
     ]
-    return StepModel(fixed, slope, max(0.0, statistics.fmean(beside)))
+    return replace(model, per_step=max(0.0, statistics.fmean(beside)))
 
 
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(a, b) of y = a + b x through the outermost points; through the origin where that would make either negative."""
+def _line(points: Sequence[tuple[float, float]]) -> StepModel:
+    """Y = a + b x through the outermost points; through the origin, in the least squares, where y does not grow."""
     (low_x, low_y), (high_x, high_y) = min(points), max(points)
-    if high_x > low_x:
+    if high_x > low_x and high_y > low_y:
         slope = (high_y - low_y) / (high_x - low_x)
         fixed = low_y - slope * low_x
-        if slope > 0 and fixed >= 0:
-            return fixed, slope
-    return 0.0, sum(x * y for x, y in points) / sum(x * x for x, _y in points)
+        return StepModel(fixed, slope, 0.0, low_y / low_x if fixed < 0 else 0.0)
+    return StepModel(0.0, sum(x * y for x, y in points) / sum(x * x for x, _y in points), 0.0)
 
 
 def predicted_seconds(
