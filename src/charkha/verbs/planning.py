@@ -25,12 +25,12 @@ from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate, machines_that_fit, propose
 from charkha.store.durable import write_durably
 from charkha.training.choices import Chooser, steps_of_an_epoch
+from charkha.training.plan_history import corrected_by_history, scaled
 from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
 from charkha.training.planned_trace import Traced, traced_peak
 from charkha.training.sources import sources_of
 from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
-from charkha.verbs.planned_time import corrected_by_history, scaled
 
 _STEP_KEYS = tuple(
     f"training.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
