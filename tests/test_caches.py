@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from charkha.caches import VARIABLES, hub_cache, own_cache
+from charkha.caches import VARIABLES, history_folder, hub_cache, own_cache
 
 HOME_CACHE = Path("~/.cache").expanduser()
 
@@ -33,3 +33,9 @@ def test_what_is_made_once_lies_where_the_user_says() -> None:
     assert own_cache({"XDG_CACHE_HOME": "/xdg"}) == Path("/xdg/charkha")
     assert own_cache({"XDG_CACHE_HOME": "relative"}) == HOME_CACHE / "charkha"
     assert own_cache({"XDG_CACHE_HOME": "/xdg", "CHARKHA_CACHE": "/own"}) == Path("/own")
+
+
+def test_what_a_machine_remembers_lies_beside_its_caches_unless_told_otherwise() -> None:
+    assert history_folder({"CHARKHA_CACHE": "/own"}) == Path("/own/history")
+    assert history_folder({"CHARKHA_CACHE": "/own", "CHARKHA_HISTORY": "/else"}) == Path("/else")
+    assert history_folder({"CHARKHA_HISTORY": "OFF"}) is None

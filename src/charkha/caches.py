@@ -1,4 +1,4 @@
-"""Where fetched models lie, and where charkha keeps what it makes once and could make again."""
+"""Where fetched models lie, where charkha keeps what it could make again, and what this machine learned of itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 # What moves these folders. Whoever starts charkha by other means than a shell has to hand them on.
-VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "CHARKHA_CACHE", "XDG_CACHE_HOME")
+VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "CHARKHA_CACHE", "XDG_CACHE_HOME", "CHARKHA_HISTORY")
 
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
@@ -22,3 +22,14 @@ def own_cache(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(environ["CHARKHA_CACHE"]).expanduser()
     wished = Path(environ.get("XDG_CACHE_HOME", ""))  # a relative one counts as none, says its specification
     return (wished if wished.is_absolute() else Path("~/.cache").expanduser()) / "charkha"
+
+
+def history_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where measured speeds and finished runs are remembered: CHARKHA_HISTORY, else `history` beside slabs and traces.
+
+    None where CHARKHA_HISTORY is `off`: nothing is remembered then, and nothing that was is used.
+    """
+    own = environ.get("CHARKHA_HISTORY", "")
+    if own.lower() == "off":
+        return None
+    return Path(own).expanduser() if own else own_cache(environ) / "history"

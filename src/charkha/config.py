@@ -52,7 +52,7 @@ class ModelSection(Section):
     placement: Literal["auto", "resident", "streamed"] = Field(
         "auto",
         description="resident holds the base on the device; streamed brings its layers one by one from host RAM or "
-        "disk, forward and again backward.",
+        "disk, forward and again backward; auto streams what does not fit.",
     )
 
 
@@ -186,25 +186,17 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this 2-norm.")
     batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, over all devices.")
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto",
-        description="Sequences in memory at once; the rest of the batch is accumulated. auto is the fastest whose step "
-        "fits the memory that is free.",
+        "auto", description="Sequences in memory at once; the rest is accumulated. auto is the fastest that fits."
     )
     gradient_checkpointing: Literal["auto", "none", "full", "selective"] | bool = Field(
-        "auto",
-        description="Recompute activations in the backward pass: less memory, about a third more arithmetic. auto is "
-        "none where that fits.",
+        "auto", description="Recompute activations: less memory, a third more arithmetic; auto is none where that fits."
     )
     loss_head: Literal["auto", "full", "chunked"] = Field(
-        "auto",
-        description="full: logits of all trained positions at once; chunked: of a few at a time. auto is the faster "
-        "one that fits.",
+        "auto", description="full: all logits of a micro batch at once; chunked: a few; auto is the faster that fits."
     )
     fused_kernels: Literal["auto", "none", "liger"] = Field("auto", description="Fused GPU kernels.")
     optimizer: str = Field(
-        "auto",
-        description="A transformers optimizer name, such as paged_adamw_8bit. auto is adamw_torch_fused, or "
-        "paged_adamw_8bit where training every weight fits a GPU no other way.",
+        "auto", description="A transformers name; auto is adamw_torch_fused, or paged_adamw_8bit where full needs it."
     )
     eval_every: Literal["auto"] | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
         "auto", description="Steps between evaluations, or a share of an epoch (0.5); auto is once an epoch."

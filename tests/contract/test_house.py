@@ -70,6 +70,7 @@ BELONGS_TO = {
     "config_file": "config", "yaml_text": "config", "optimizers": "config", "guard_limits": "config",
     "personal_kinds": "config", "carried_out": "config",
     "guard_heat": "guard", "guard_trace": "guard", "doctor_checks": "doctor",
+    "doctor_children": "doctor", "doctor_disk": "doctor", "doctor_gpus": "doctor", "doctor_speed": "doctor",
     "__main__": "cli",
 }  # fmt: skip
 

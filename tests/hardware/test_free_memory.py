@@ -10,6 +10,7 @@ import pytest
 
 from charkha.hardware.free_memory import free_host_bytes
 from charkha.hardware.machine import this_machine, visible_cards
+from charkha.hardware.sensors import PcieLink
 
 GIB = 2**30
 
@@ -91,6 +92,9 @@ class TwoCards:
 
     def free_bytes(self, index: int) -> int:
         return (5, 23)[index] * GIB
+
+    def link(self, index: int) -> PcieLink:
+        return PcieLink()
 
 
 def test_a_plan_counts_on_what_is_free_on_the_cards_that_are_shown(

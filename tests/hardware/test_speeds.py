@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from charkha.caches import own_cache
 from charkha.hardware.machine import machine_record, read_machine, this_machine
+from charkha.hardware.sensors import GpuLimits, PcieLink
 from charkha.hardware.speeds import (
     Speeds,
-    cache_folder,
     disk_read_bytes_per_s,
     mount_point,
-    remembered_folder,
     remembered_speeds,
     speeds_file,
     speeds_record,
@@ -73,20 +74,27 @@ def test_a_damaged_file_is_no_file(memory: Path, text: str) -> None:
 
 def test_a_machine_told_to_remember_nothing_has_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CHARKHA_HISTORY", "off")
-    assert remembered_folder() is None
     assert speeds_file() is None
     assert remembered_speeds([], tmp_path) == Speeds()
-    monkeypatch.delenv("CHARKHA_HISTORY")
-    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path))
-    assert remembered_folder() == tmp_path / "history"
-    monkeypatch.delenv("CHARKHA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache_folder() == Path.home() / ".cache/charkha"
+
+
+@pytest.mark.parametrize(
+    ("link", "gb_s"), [(PcieLink(), 22), (PcieLink(1, 16, 4, 16), 22), (PcieLink(4, 4, 4, 4), 6.3)]
+)
+def test_a_card_in_a_narrow_slot_is_planned_with_that_slot(
+    link: PcieLink, gb_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = GpuLimits("RTX 4090", None, None, None, None, None, None, None, None)
+    nothing = {"memory_bytes": lambda index: None, "free_bytes": lambda index: None}
+    told = {"limits": lambda index: limits, "link": lambda index: link, **nothing}
+    monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: SimpleNamespace(count=1, **told))
+    (gpu,) = this_machine(tmp_path).gpus
+    assert gpu.pcie_bytes_per_s == pytest.approx(gb_s * 1e9, rel=0.01)
 
 
 def test_a_machine_file_carries_what_was_measured_here(memory: Path, tmp_path: Path) -> None:
     cards = [gpu.name for gpu in this_machine(tmp_path).gpus]
-    remember(memory, json.dumps(speeds_record(None, cards, cache_folder(), SPEEDS)))
+    remember(memory, json.dumps(speeds_record(None, cards, own_cache(), SPEEDS)))
     here = this_machine(tmp_path)
     assert (here.host_to_device_bytes_per_s, here.disk_read_bytes_per_s) == (24e9, 3.5e9)
     path = tmp_path / "machine.json"

@@ -99,7 +99,8 @@ def test_auto_streams_where_memory_is_short_and_a_resumed_run_stays_so(project, 
     assert any("streamed (resident it needs" in text for text in chosen)
     planned = json.loads((work.run_folder() / "plan.json").read_text())
     assert planned["streaming"]["waits_in"] == "disk"
-    assert planned["peak_allocated_bytes"] == pytest.approx(paused.peak_memory_bytes, rel=0.05)
+    whole, _ = work.train(output="whole")  # long enough for the step that has the longest row beside optimizer states
+    assert planned["peak_allocated_bytes"] == pytest.approx(whole.peak_memory_bytes, rel=0.05)
     monkeypatch.setattr("charkha.hardware.machine.free_host_bytes", lambda: plenty)
     done, events = work.train()
     assert done.status == "done"

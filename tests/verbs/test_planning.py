@@ -260,6 +260,10 @@ def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
     assert answers[0]["months"] == pytest.approx(4 * answers[1]["months"])
     assert answers[1]["months_if_rent_falls_a_third"] > answers[1]["months"]
     assert answers[1]["currency"] == "INR"
+    assert answers[1]["price_origin"] == {"as_of": "2026-11", "source": "estimate", "checked": False}
+    reasons = plan(workshop, "--gpu", "rtx 4090", "--buy-or-rent")["reasons"]
+    assert any(reason.startswith("price of RTX 4090: as of 2026-11") and "not checked" in reason for reason in reasons)
+    assert any(reason.startswith("offer of RunPod community: as of 2026-03") for reason in reasons)
 
 
 def test_a_person_is_shown_the_verdict_the_terms_and_the_money(workshop: Path) -> None:

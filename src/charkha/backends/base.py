@@ -188,6 +188,28 @@ class TraceResult:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ProbedStep:
+    """One real optimizer step of a probe: one or two micro batches. Its memory was measured, or it was timed."""
+
+    kind: Literal["first", "later", "median", "worst"]  # first, later: as the run's first step, and its largest after
+    rows: tuple[int, ...]  # of each micro batch
+    longest: tuple[int, ...]  # tokens of the longest row of each
+    tokens: int  # of all its rows, without padding
+    seconds: float  # of the whole step, slowed down by the measuring where memory was measured on a CPU
+    first_seconds: float | None = None  # of a timed one: until the first of two micro batches was done, else the whole
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe of the device found, in the order of its steps. `loading_peak_bytes` is None on a CPU."""
+
+    steps: tuple[ProbedStep, ...]
+    loading_peak_bytes: int | None
+
+
 class Recorder(Protocol):
     """Takes events as they happen: `recorder("step", step=1, loss=...)`; see events.py for the vocabulary."""
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from charkha.caches import own_cache
 from charkha.errors import UsageError
 from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
 from charkha.hardware.free_memory import free_host_bytes
 from charkha.hardware.probe import cpu_has_bf16, probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
-from charkha.hardware.speeds import cache_folder, remembered_speeds
+from charkha.hardware.speeds import remembered_speeds
 
 # What the rest of a computer draws beside its cards, at the wall, and what its power supply loses (80 Plus Gold).
 BASE_POWER_W = {
@@ -28,6 +29,7 @@ BASE_POWER_W = {
 }
 SUPPLY_EFFICIENCY = 0.9
 UNKNOWN_BYTES = 2**50  # of a card that does not say: nothing is refused for it
+_REACHED_OF_LINK = 0.8  # by copies from pinned memory, of what the lanes carry
 _FLOPS_PER_CORE = 50e9  # fp32, of a desktop or server core with AVX2
 
 
@@ -67,7 +69,12 @@ class Machine:
             return replace(self, gpus=(), uuids=(), free_bytes=(free_host_bytes(),) if self.here else ())
         free = tuple(self.free_bytes[card] for card in cards) if self.free_bytes else ()
         uuids = tuple(self.uuids[card] for card in cards) if self.uuids else ()
-        return replace(self, gpus=tuple(self.gpus[card] for card in cards), free_bytes=free, uuids=uuids)
+        gpus = tuple(self.gpus[card] for card in cards)
+        return replace(self, name=gpus[0].name if self.here else self.name, gpus=gpus, free_bytes=free, uuids=uuids)
+
+    def used_by(self, processes: int) -> Machine:
+        """The cards that so many processes train on: the first ones. A machine that is described is used whole."""
+        return self.only(range(min(processes, len(self.gpus)))) if self.here and self.gpus else self
 
     @property
     def device(self) -> str:
@@ -94,7 +101,7 @@ def this_machine(disk: Path) -> Machine:
             uuids, free = tuple(named[index] for index in cards), tuple(_free_here(nvml, index) for index in cards)
     elif host.system.startswith("Darwin"):
         gpus = _apple_here(host.processor, host.ram_bytes)
-    speeds = remembered_speeds([gpu.name for gpu in gpus], cache_folder())
+    speeds = remembered_speeds([gpu.name for gpu in gpus], own_cache())
     return Machine(
         name=gpus[0].name if gpus else host.processor,
         gpus=gpus,
@@ -140,7 +147,9 @@ def _gpu_here(nvml: Nvml, index: int) -> Gpu:
     except UnknownGpu:
         # Nothing is known of its speed, so time is a guess of a card of that memory; memory is what the card says.
         gpu = replace(find_gpu("RTX 3060 12GB"), name=limits.name or "GPU", memory_bytes=memory or UNKNOWN_BYTES)
-    return replace(gpu, power_w=limits.power_default_w or gpu.power_w)
+    link = nvml.link(index).most_bytes_per_s  # of this slot; the table's is of the card's best one
+    pcie = min(gpu.pcie_bytes_per_s, _REACHED_OF_LINK * link) if link else gpu.pcie_bytes_per_s
+    return replace(gpu, power_w=limits.power_default_w or gpu.power_w, pcie_bytes_per_s=pcie)
 
 
 def _apple_here(processor: str, ram_bytes: int) -> tuple[Gpu, ...]:

@@ -1,7 +1,6 @@
 """How fast bytes move on this machine, as it was measured: from host memory to the GPUs, back, and from the disk.
 
-`charkha doctor` measures and remembers; a plan reads. What was measured beside other cards, or on another disk, is not
-used. CHARKHA_HISTORY names the folder of all that this machine remembers of itself; `off` is none.
+`charkha doctor` measures and remembers; a plan reads. What is remembered of other cards or another disk is not used.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from charkha.caches import history_folder
 
 _CHUNK_BYTES = 8 << 20
 _READ_BYTES, _READ_SECONDS = 512 << 20, 1.5  # whichever comes first ends a measurement of a disk
@@ -28,26 +29,9 @@ class Speeds:
     disk_read_bytes_per_s: float | None = None  # one file from its begin, past the page cache
 
 
-def cache_folder() -> Path:
-    """Where charkha keeps what can be made again: $CHARKHA_CACHE, else `charkha` in the user's cache folder (XDG)."""
-    own = os.environ.get("CHARKHA_CACHE")
-    if own:
-        return Path(own).expanduser()
-    wished = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one counts as none, says its specification
-    return (wished if wished.is_absolute() else Path.home() / ".cache") / "charkha"
-
-
-def remembered_folder() -> Path | None:
-    """Where this machine remembers its speeds and its finished runs; None where it is told to remember nothing."""
-    own = os.environ.get("CHARKHA_HISTORY", "")
-    if own.lower() == "off":
-        return None
-    return Path(own).expanduser() if own else cache_folder() / "history"
-
-
 def speeds_file() -> Path | None:
     """The JSON file of what was measured; None where nothing is remembered."""
-    folder = remembered_folder()
+    folder = history_folder()
     return None if folder is None else folder / "speeds.json"
 
 

@@ -39,7 +39,6 @@ _KERNELS_A_LAYER = 110  # forward and backward of one layer, without recomputing
 # thread: CPU seconds of a step of 16 rows in micro batches of 16, 8, 4, 2, 1 rows: 0.26, 0.27, 0.30, 0.40, 0.55.
 _CPU_LAUNCH_SECONDS = 2e-5
 _CPU_SHARE = 0.5
-P90_FACTOR = 1.25  # published runs of settings alike differ by a quarter in one of ten cases
 
 
 @dataclass(frozen=True)

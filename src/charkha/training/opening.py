@@ -17,7 +17,10 @@ from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
 from charkha.data.hub_names import parse_hub_name
 from charkha.errors import CharkhaError
+from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
+from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.rows import Rows
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
 from charkha.training.choices import (
@@ -44,6 +47,16 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the plan's closed form is asked about."""
+
+    architecture: Architecture
+    settings: MemorySettings
+    machine: Machine
+    rows: Rows
+
+
+@dataclass(frozen=True)
 class Session:
     """All that is decided before the first step."""
 
@@ -60,6 +73,7 @@ class Session:
     device_name: str
     processes: int
     packing_leak: str | None = None  # what the loaded model showed when `auto` had packed its rows
+    planned: Planned | None = None  # None where the planner does not know the base's shapes
 
 
 def open_session(
@@ -87,6 +101,7 @@ def open_session(
     skeleton = build_skeleton(base_folder)
     parameters = architecture.parameters if architecture else about_base.parameters
     model = choose_model(config, chooser, here.machine, base_config, parameters, attention_kernels(skeleton))
+    machine = here.machine.used_by(model.processes)
     base = BaseModelSpec(base_folder, model.dtype, model.attention, model.quantization, here.facts.device)
     adapter = adapter_spec(config)
     refusal = why_refused(skeleton, base, adapter, model.processes)
@@ -108,19 +123,21 @@ def open_session(
     packing = choose_packing(config, chooser, data.train.lengths, max_length, model, here.facts.device, proved_leak)
     reasons: tuple[str, ...] = ()
     rows = rows_of(data, packing, config, model)
+    about: Planned | None = None
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
         base = replace(base, streaming=unplanned_streaming(config, chooser))
         memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
     else:
-        planned = planned_settings(config, chooser, model, architecture, here.machine, rows)
-        step, short = planned.step, fit_note(architecture, planned, here.machine)
-        base = replace(base, streaming=streaming_of(architecture, planned.settings, here.machine))
+        planned = planned_settings(config, chooser, model, architecture, machine, rows)
+        step, short = planned.step, fit_note(architecture, planned, machine)
+        base = replace(base, streaming=streaming_of(architecture, planned.settings, machine))
         reasons = (*planned.reasons, *([short] if short else []))
-        memory = preview(config, chooser, architecture, here.machine, rows, planned, base_config)
+        memory = preview(config, chooser, architecture, machine, rows, planned, base_config)
         if not run.exists and not ignore_plan:
-            require_memory(config, architecture, here.machine, rows, planned)
+            require_memory(config, architecture, machine, rows, planned)
+        about = Planned(architecture, planned.settings, machine, rows)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
     plan = apply_fallbacks(plan, run) if run.exists else plan
@@ -149,6 +166,7 @@ def open_session(
         here.device_name,
         model.processes,
         proved_leak,
+        about,
     )
 
 

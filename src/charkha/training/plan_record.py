@@ -10,11 +10,11 @@ from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.cost import Cost, run_cost
 from charkha.plan.device_memory import disk_bytes, host_memory_bytes
+from charkha.plan.history import PUBLISHED_P90
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, fallbacks
-from charkha.plan.speed import P90_FACTOR
 from charkha.training.planned_streaming import streamed_plan
 from charkha.training.planned_trace import Traced
 from charkha.units import format_bytes
@@ -23,7 +23,7 @@ from charkha.units import format_bytes
 def plan_record(
     config: Config, architecture: Architecture, machine: Machine, rows: Rows, found: Candidate, trace: Traced
 ) -> dict[str, Any]:
-    """The JSON contract of a plan but for `alternatives`; `reasons` are those of the method and the verdict."""
+    """The JSON contract of a plan but for `alternatives`; `reasons` are those of the method; see `verdicts`."""
     settings, memory = found.settings, found.memory
     traced = None if trace.why_not else trace
     allocated = traced.allocated_bytes if traced else memory.allocated
@@ -35,12 +35,6 @@ def plan_record(
     host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
     disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
     seconds = run_seconds(config, architecture, machine, rows, found)
-    cost = run_cost(
-        machine,
-        seconds or 0.0,
-        currency=config.cost.currency,
-        electricity_per_kwh=config.cost.electricity_per_kwh,
-    )
     record = {
         "fits": _fits(found, machine, allocated, host, disk),
         "method": "trace" if traced else "closed_form",
@@ -57,11 +51,6 @@ def plan_record(
         "trainable_parameters": found.preview.trainable_parameters,
         "total_parameters": architecture.parameters,
         "active_parameters": architecture.active_parameters,
-        "tokens_per_second": round(tokens_per_second(config, architecture, machine, rows, found), 1),
-        "seconds": None if seconds is None else round(seconds, 1),
-        "seconds_p90": None if seconds is None else round(seconds * P90_FACTOR, 1),
-        "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
-        "cost": _cost_record(cost, config, seconds),
         "host_ram_bytes": host,
         "disk_bytes": disk,
         "settings": _settings_record(settings),
@@ -69,8 +58,10 @@ def plan_record(
     }
     streamed = streamed_plan(architecture, found, machine, host)
     record["streaming"] = streamed.record if streamed else None
+    p90 = None if seconds is None else seconds * PUBLISHED_P90[settings.device]
+    with_time(record, config, machine, seconds, p90, tokens_per_second(config, architecture, machine, rows, found))
     by = [f"method: closed_form ({trace.why_not})", *found.preview.notes] if trace.why_not else []
-    return {**record, "reasons": [*by, *_verdicts(record, found, machine), *(streamed.reasons if streamed else ())]}
+    return {**record, "reasons": [*by, *(streamed.reasons if streamed else ())]}
 
 
 def run_seconds(
@@ -109,25 +100,11 @@ def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: i
     return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
 
 
-def _cost_record(cost: Cost, config: Config, seconds: float | None) -> dict[str, Any]:
-    known = seconds is not None
-    return {
-        "currency": cost.currency,
-        "electricity": round(cost.electricity, 2) if known else None,
-        "electricity_per_kwh": config.cost.electricity_per_kwh,
-        "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
-        "rental_provider": cost.rental_provider,
-        "wall_w": round(cost.wall_w),
-        "ups_minutes": cost.ups_minutes,
-        "ups_wh": round(cost.ups_wh, 1),
-    }
-
-
 def _settings_record(settings: MemorySettings) -> dict[str, Any]:
     return asdict(settings) | {"offload": sorted(settings.offload)}
 
 
-def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
+def verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
     """What does not fit, by how much; and host memory beside the usual rule where it is known."""
     said = []
     if found.settings.lengths_vary and machine.device == "cuda":
@@ -141,3 +118,41 @@ def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> lis
     if machine.disk_free_bytes is not None and record["disk_bytes"] > machine.disk_free_bytes:
         said.append(f"disk: {format_bytes(record['disk_bytes'])} of {format_bytes(machine.disk_free_bytes)} free")
     return said
+
+
+def with_time(
+    record: dict[str, Any],
+    config: Config,
+    machine: Machine,
+    seconds: float | None,
+    seconds_p90: float | None,
+    tokens_per_second: float,
+) -> None:
+    """Writes time, energy and money into `record`; None where nobody knows how many steps there are."""
+    cost = run_cost(
+        machine,
+        seconds or 0.0,
+        currency=config.cost.currency,
+        electricity_per_kwh=config.cost.electricity_per_kwh,
+    )
+    record |= {
+        "tokens_per_second": round(tokens_per_second, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
+        "seconds_p90": None if seconds_p90 is None else round(seconds_p90, 1),
+        "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
+        "cost": _cost_record(cost, config, known=seconds is not None),
+    }
+
+
+def _cost_record(cost: Cost, config: Config, *, known: bool) -> dict[str, Any]:
+    return {
+        "currency": cost.currency,
+        "electricity": round(cost.electricity, 2) if known else None,
+        "electricity_per_kwh": config.cost.electricity_per_kwh,
+        "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
+        "rental_provider": cost.rental_provider,
+        "rental_origin": None if cost.rental_origin is None else asdict(cost.rental_origin),
+        "wall_w": round(cost.wall_w),
+        "ups_minutes": cost.ups_minutes,
+        "ups_wh": round(cost.ups_wh, 1),
+    }

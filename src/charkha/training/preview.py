@@ -13,7 +13,8 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.rows import Rows
 from charkha.plan.search import fallback_steps
 from charkha.training.choices import Chooser, StepMemory
-from charkha.training.plan_record import plan_record
+from charkha.training.plan_history import corrected_by_history
+from charkha.training.plan_record import plan_record, verdicts
 from charkha.training.planned_settings import PlannedSettings
 from charkha.training.planned_trace import remembered_peak
 from charkha.units import format_bytes, format_seconds
@@ -55,7 +56,9 @@ def preview(
     trace = remembered_peak(planned.settings, config, base_config, machine)
     record = plan_record(config, architecture, machine, rows, planned.way.candidate, trace)
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons]
-    return Preview(record | {"reasons": [*said, *record["reasons"]], "alternatives": []})
+    corrected_by_history(record, config, architecture, planned.settings, machine)
+    said += [*record["reasons"], *verdicts(record, planned.way.candidate, machine)]
+    return Preview(record | {"reasons": said, "alternatives": []})
 
 
 def without_figures(step: StepMemory, reason: str) -> Preview:

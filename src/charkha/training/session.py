@@ -37,6 +37,7 @@ from charkha.training.continuing import (
 from charkha.training.guarding import RunGuard
 from charkha.training.launch import RankWork, other_ranks
 from charkha.training.opening import Observer, Session, open_session, with_frozen_choices
+from charkha.training.remembering import remember_run
 from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
@@ -167,6 +168,9 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
         trackers.close()
     if outcome.status == "done":
         _finish(session, store.staging / FINAL, outcome)
+        problem = remember_run(session, run.events(), outcome.peak_memory_bytes)
+        if problem:
+            record("note", text=problem)
     reason = {"reason": steering.stop_reason} if outcome.status == "paused" and steering.stop_reason else {}
     record("status", status=outcome.status, step=outcome.step, **reason)
     return result_of(

@@ -9,29 +9,32 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import DataError, EnvironmentProblem, UsageError
+from charkha.errors import DataError, EnvironmentProblem
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
-from charkha.plan.architecture import Architecture, read_architecture
-from charkha.plan.base_checks import check_base_config
-from charkha.plan.cost import buy_or_rent, run_cost
+from charkha.plan.architecture import Architecture
+from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory
-from charkha.plan.popular_models import popular_config
+from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate, machines_that_fit, propose
 from charkha.store.durable import write_durably
-from charkha.training.base_model import find_base
 from charkha.training.choices import Chooser, steps_of_an_epoch
-from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second
+from charkha.training.plan_history import corrected_by_history, scaled
+from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
 from charkha.training.planned_trace import Traced, traced_peak
 from charkha.training.sources import sources_of
+from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
 
-_NO_CONFIG = "put the model's config.json there"
+_STEP_KEYS = tuple(
+    f"training.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
+)
 PlanMethod = Literal["trace", "closed_form"]
 
 
@@ -46,13 +49,7 @@ class PlanWish:
     buy_or_rent: bool = False
     hours_per_day: float = 8.0
     write_machine: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Base:
-    config: dict[str, Any]
-    folder: Path | None  # None where only the shape is known
-    where: str
+    probe: bool = False
 
 
 def make_plan(wish: PlanWish) -> dict[str, Any]:
@@ -61,78 +58,73 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     Raises ConfigError, UsageError (an unknown GPU, a base that cannot be planned for) and DataError.
     """
     loaded = load_config(wish.config, list(wish.overrides), to_plan=True)
+    if wish.probe:
+        from charkha.verbs.planned_probe import require_probe  # which imports NumPy, as no other plan needs
+
+        require_probe(loaded, wish.gpus)
     machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
     if wish.write_machine is not None:
         write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
-    base = _find_shape(loaded)
-    architecture = _architecture(base)
+    base = find_shape(loaded)
+    architecture = architecture_of(base)
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
     data = _data(loaded, base, max_length, chooser, model, machine)
     rows = data.rows
-    planned = planned_settings(loaded.config, chooser, model, architecture, machine, rows)
+    used = machine.used_by(model.processes)
+    planned = planned_settings(loaded.config, chooser, model, architecture, used, rows)
     if rows.count is not None:
         chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), data.has_eval)
-    found = evaluate(architecture, planned.settings, machine)
+    found = evaluate(architecture, planned.settings, used)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
-    record = plan_record(loaded.config, architecture, machine, rows, found, traced)
+    record = plan_record(loaded.config, architecture, used, rows, found, traced)
     record["choices"] = [asdict(choice) for choice in chooser.choices]
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
     record["reasons"] = [*said, *record["reasons"]]
-    record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
-    record["alternatives"] += _packing(loaded.config, model, architecture, machine, data)
+    ratio = corrected_by_history(record, loaded.config, architecture, planned.settings, used)
+    if wish.probe:
+        ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, used)
+    record["reasons"] += verdicts(record, found, used)
+    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    alternatives += _packing(loaded.config, model, architecture, used, data)
+    record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
-        record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        answer = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        record["buy_or_rent"] = None if answer is None else asdict(answer)
+        record["reasons"] += [] if answer is None else _price_words(answer)
+    if wish.write_machine is not None and machine.here and machine.disk_read_bytes_per_s is None:
+        record["reasons"].append(
+            "machine file: `charkha doctor` measures the speed of its disk and links; not known yet"
+        )
     if not record["fits"]:
         record["exit_code"] = 3
     return record
 
 
-def _find_shape(loaded: LoadedConfig) -> _Base:
-    """config.json of the base: in its folder, in the hub's cache, or from the table of popular models."""
-    try:
-        folder = find_base(loaded.config.model, loaded.folder)
-    except EnvironmentProblem as problem:
-        known = popular_config(loaded.config.model.base)
-        if known is None:
-            raise UsageError(
-                f"the base model {loaded.config.model.base} is not here and not in the table of popular models",
-                where=problem.where or "model.base",
-                remedy=f"{problem.remedy}; a folder with nothing but its config.json is enough for a plan",
-            ) from None
-        return _Base(known, None, f"{loaded.config.model.base} (table of popular models)")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot be read: {error}", where=str(path), remedy="put the model's config.json there"
-        ) from None
-    if not isinstance(config, dict):
-        raise UsageError("is not a JSON object", where=str(path), remedy=_NO_CONFIG)
-    return _Base(config, folder, str(path))
+def _probe(
+    record: dict[str, Any],
+    wish: PlanWish,
+    config: Config,
+    architecture: Architecture,
+    settings: MemorySettings,
+    machine: Machine,
+) -> float:
+    """Has what real steps on this device show take the place of what was predicted; by how much time changed."""
+    from charkha.verbs.planned_probe import PROBE_P90, with_probe
 
-
-def _architecture(base: _Base) -> Architecture:
-    """Refusals name the key or the reason, with exit code 2: nothing is wrong with this machine."""
-    text_model = {key: value for key, value in base.config.items() if key != "vision_config"}
-    try:
-        if (
-            base.config.get("model_type") != "gpt_oss"
-        ):  # its published files are in MXFP4; a plan counts them in 16 bits
-            check_base_config(text_model, base.where)
-        return read_architecture(base.config)
-    except EnvironmentProblem as problem:
-        raise UsageError(problem.message, where=base.where, remedy=problem.remedy) from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"cannot be understood: {type(error).__name__} {error}",
-            where=base.where,
-            remedy="compare it with the config.json that the model's authors publish",
-        ) from None
+    before = record["tokens_per_second"]
+    # Free memory may be another when the child looks at it, and what is tried is what was planned.
+    chosen = [f"{one['key']}={json.dumps(one['value'])}" for one in record["choices"] if one["key"] in _STEP_KEYS]
+    measured = with_probe(record, wish.config, (*wish.overrides, *chosen), architecture, settings, machine)
+    if measured is None:
+        return 1.0
+    with_time(record, config, machine, measured.seconds, measured.seconds * PROBE_P90, measured.tokens_per_second)
+    corrected = ("seconds", "seconds_p90", "tokens_per_second", "peak_allocated_bytes", "peak_reserved_bytes")
+    record["probe"]["corrected"] = {name: record[name] for name in corrected}
+    return float(before) / measured.tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ class _Data:
 
 
 def _data(
-    loaded: LoadedConfig, base: _Base, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+    loaded: LoadedConfig, base: BaseShape, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
 ) -> _Data:
     """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
     from charkha.data.formats import read_rows
@@ -267,11 +259,19 @@ def _short(
     }
 
 
-def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> dict[str, Any] | None:
-    answer = buy_or_rent(
+def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> BuyOrRent | None:
+    return buy_or_rent(
         machine,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
         hours_per_day=hours_per_day,
     )
-    return None if answer is None else asdict(answer)
+
+
+def _price_words(answer: BuyOrRent) -> list[str]:
+    """How old the two prices are, where they are from, and whether anybody checked them."""
+    today = date.today()
+    return [
+        f"price of {answer.gpu}: {answer.price_origin.words(today)} (your own: CHARKHA_CARD_PRICES)",
+        f"offer of {answer.rental_provider}: {answer.rental_origin.words(today)} (your own: CHARKHA_RENTALS)",
+    ]

@@ -78,11 +78,15 @@ class Engine:
         return max(self.slab.layers[number].byte_count for number in self.cold[turn::slots])
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """All that the engine holds on the device: the slots, those of experts, and the layers that stay."""
+        of_experts = self.experts.buffers if self.experts else []
+        return [*(slot.buffer for slot in self.slots), *self._hot.values(), *of_experts]
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = [*(slot.buffer for slot in self.slots), *self._hot.values()]
-        of_experts = self.experts.device_bytes if self.experts else 0
-        return sum(int(buffer.numel()) for buffer in buffers) + of_experts
+        return sum(int(buffer.numel()) for buffer in self.buffers)
 
     def view(self, layer: int, piece: Piece) -> torch.Tensor:
         """The piece as a tensor in the buffer that its layer always lies in."""
