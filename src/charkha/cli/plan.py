@@ -103,15 +103,17 @@ def _streaming_table(streaming: dict[str, Any]) -> Any:
     from charkha.units import format_bytes
 
     table, waits = new_table("the streamed base", ">"), "on the disk" if streaming["waits_in"] == "disk" else "in RAM"
-    table.add_row("layers on the device", f"{streaming['hot_layers']} and {streaming['slots']} slots")
-    table.add_row("in slots and layers that stay", format_bytes(streaming["device_buffer_bytes"]))
+    stay = f"{streaming['hot_layers']} of {streaming['layers']}, and {streaming['slots']} slots"
+    table.add_row("layers that stay", stay)
+    table.add_row("slots and layers that stay", format_bytes(streaming["device_buffer_bytes"]))
     table.add_row(f"the base, {waits}", format_bytes(streaming["slab_bytes"]))
     table.add_row("RAM that is enough", format_bytes(streaming["enough_ram_bytes"]))
     table.add_row("moved in a micro step", f"{streaming['moved_bytes_per_micro_step'] / 1e9:.1f} GB")
     for speed in (streaming, *streaming["at_other_speeds"]):
         hidden = f"{speed['hidden_share']:.0%} hidden, {speed['tokens_per_second']:,.0f} tokens/s"
         free = "" if speed["free_from_tokens"] is None else f", all from {speed['free_from_tokens']:,} tokens"
-        mark = "" if speed is not streaming else " (this machine)"
+        # What this machine does is known or taken from a table; the source's first word says which.
+        mark = "" if speed is not streaming else f" ({streaming['bytes_per_second_source'].partition(':')[0]})"
         table.add_row(f"at {speed['bytes_per_second'] / 1e9:.1f} GB/s{mark}", hidden + free)
     return table
 

@@ -15,7 +15,6 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.loss_memory import HeadMemory, head_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.sharding import Shares, shares
-from charkha.plan.streamed import placement_note
 from charkha.plan.weights import targets_outside_layers, trainable_parameters
 
 
@@ -208,8 +207,6 @@ def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
 def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, ...]:
     """What a reader of the number must know."""
     notes = ["a closed form of live tensor bytes, at the longest micro batch with optimizer states in place"]
-    if settings.streamed:
-        notes.append(placement_note(architecture, settings))
     if settings.device == "cuda":
         notes.append("the CUDA context and what the allocator reserves beyond live tensors come on top")
     if settings.device == "mps":

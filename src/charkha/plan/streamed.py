@@ -11,7 +11,6 @@ from typing import Any
 
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, MemorySettings
-from charkha.units import format_bytes
 
 # As backends/torch/slabs.py lays layers out; a test compares whole files with these.
 LAYER_ALIGNMENT, PIECE_ALIGNMENT = 4096, 512
@@ -184,13 +183,3 @@ def usual_ram_bytes(needed: int) -> int:
     """The smallest amount of memory that computers are sold with which holds `needed` bytes beside a system."""
     held = needed + RAM_LEFT_BYTES
     return next((gib << 30 for gib in _USUAL_RAM_GIB if gib << 30 >= held), held)
-
-
-def placement_note(architecture: Architecture, settings: MemorySettings) -> str:
-    """What a reader of a memory figure must know of where the layers are."""
-    held = format_bytes(buffer_bytes(architecture, settings))
-    waiting = format_bytes(cold_layers(architecture, settings) * hot_layer_bytes(architecture, settings))
-    return (
-        f"a streamed base: {settings.streamed_resident_layers} of {architecture.layers} layers stay on the device, the "
-        f"others pass through {settings.streamed_slots} slots ({held} together); {waiting} wait beside"
-    )

@@ -7,8 +7,10 @@ from charkha.config import Config
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.streamed import buffer_bytes, cold_layers, hot_layer_bytes
 from charkha.plan.streamed_time import copying, link_of
 from charkha.training.choices import Chooser
+from charkha.units import format_bytes
 
 PLACEMENT = "model.placement"
 
@@ -33,7 +35,12 @@ def unplanned_streaming(config: Config, chooser: Chooser) -> Streaming | None:
 
 
 def streamed_note(architecture: Architecture, settings: MemorySettings) -> str:
-    """Where the layers of a streamed base are."""
+    """Where the layers of a streamed base are, and what that takes."""
     stay, slots, of = settings.streamed_resident_layers, settings.streamed_slots, architecture.layers
     waits = "on the disk" if settings.streamed_from == "disk" or settings.device == "cpu" else "in host memory"
-    return f"streamed base: {stay} of {of} layers stay on the device, {slots} slots, the others wait {waits}"
+    held = format_bytes(buffer_bytes(architecture, settings))
+    waiting = format_bytes(cold_layers(architecture, settings) * hot_layer_bytes(architecture, settings))
+    return (
+        f"streamed base: {stay} of {of} layers stay on the device, the others ({waiting}) wait {waits} and pass "
+        f"through {slots} slots; layers that stay and slots are {held}"
+    )

@@ -102,5 +102,5 @@ def _free(record: dict[str, Any]) -> str:
     tokens, rows = record["free_from_tokens"], record["free_from_rows"]
     if tokens is None:
         return "no micro batch hides all of it"
-    in_rows = f" ({rows} rows as long as these)" if rows is not None else ""
+    in_rows = "" if rows is None else f" ({rows} row{'s' if rows > 1 else ''} as long as the longest)"
     return f"all of it from {tokens} tokens a micro batch{in_rows}"
