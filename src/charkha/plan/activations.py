@@ -42,7 +42,7 @@ def layer_memory(architecture: Architecture, settings: MemorySettings) -> LayerM
         weight_copies=sum(copy.size for copy in layer.linears.copies),
         kept=sum(tensor.size for tensor in kept),
         forward_kept=tape.forward_peak(saving=False, already_there=kept),
-        forward=tape.forward_peak(),
+        forward=tape.forward_peak(already_there=frozenset(layer.before)),  # which counts as saved already
         backward=tape.backward_peak(),
         recomputed=_recomputed(layer, settings, again, there),
     )

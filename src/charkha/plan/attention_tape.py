@@ -19,6 +19,7 @@ def attention(layer: PartsTape, normed: Tensor) -> tuple[Tensor, tuple[Tensor, .
     if not architecture.learned_positions:
         stream = layer.entering.width
         query, key = (_rotated(tape, part, max(part.width, stream)) for part in (query, key))
+    widths = _softmax_width(architecture, settings, normed), value.width
     if settings.autocast:
         query, key, value = (tape.cast(part, settings.activation_bytes) for part in (query, key, value))
     if _is_repeated(architecture, settings):
@@ -26,7 +27,7 @@ def attention(layer: PartsTape, normed: Tensor) -> tuple[Tensor, tuple[Tensor, .
     kernel = attention_kernel(architecture, settings)
     kept: tuple[Tensor, ...] = ()
     if kernel == "whole":
-        attended = _scores(layer, query, key, value, _softmax_width(architecture, settings, normed))
+        attended = _scores(layer, query, key, value, widths)
     elif kernel == "math":
         attended = _math(layer, query, key, value)
     else:
@@ -65,8 +66,10 @@ def _softmax_width(architecture: Architecture, settings: MemorySettings, normed:
 
 def _is_repeated(architecture: Architecture, settings: MemorySettings) -> bool:
     """Keys and values are copied for every query head: for whole scores, beside a mask, and in older models always."""
-    if architecture.heads == architecture.kv_heads or (architecture.kv_heads == 1 and architecture.fused_projections):
+    if architecture.heads == architecture.kv_heads:
         return False
+    if architecture.kv_heads == 1 and architecture.fused_projections:
+        return settings.attention == "eager"
     return (
         is_masked(architecture, settings)
         or settings.attention == "eager"
@@ -113,8 +116,11 @@ def _kernel(layer: PartsTape, query: Tensor, key: Tensor, value: Tensor) -> tupl
     return attended, sums
 
 
-def _scores(layer: PartsTape, query: Tensor, key: Tensor, value: Tensor, likely_width: int) -> Tensor:
-    """Eager attention: scores, scaled, capped, masked, softmax in fp32 and its 16-bit copy, [heads, tokens, tokens]."""
+def _scores(layer: PartsTape, query: Tensor, key: Tensor, value: Tensor, widths: tuple[int, int]) -> Tensor:
+    """Eager attention: scores, scaled, capped, masked, and their softmax, [heads, tokens, tokens].
+
+    `widths`: of the softmax, and of what is made of it, which is that of the values before autocast.
+    """
     architecture, settings, tape = layer.architecture, layer.settings, layer.tape
     width = settings.activation_bytes
     count = settings.positions * settings.tokens * architecture.heads
@@ -124,14 +130,16 @@ def _scores(layer: PartsTape, query: Tensor, key: Tensor, value: Tensor, likely_
         scores = tape.operator((scores,), count, width)
         scores = tape.operator((scores,), count, width, saves_output=True)
         scores = tape.operator((scores,), count, width)
-    scores = tape.operator((scores,), count, width, passes_gradient=True)  # the mask
-    scores = tape.cast(scores, likely_width)
-    likely = tape.operator((scores,), count, likely_width, saves_output=True)
-    likely = tape.cast(likely, width)
+    masked = tape.operator((scores,), count, width, passes_gradient=True)
+    wide = tape.cast(masked, widths[0])
+    softmax = tape.operator((wide,), count, widths[0], saves_output=True)
+    likely = softmax if architecture.model_type == "falcon" else tape.cast(softmax, widths[1])
+    tape.alive_until_here(masked, *((scores,) if architecture.model_type == "falcon" else ()))
     if architecture.dropout:
         likely = layer.dropout(likely)
-    attended = tape.operator((likely, value), query.elements, width, saves=(likely, value))
     layer.scores = (likely,)
+    likely = tape.cast(likely, width)
+    attended = tape.operator((likely, value), query.elements, width, saves=(likely, value))
     return tape.operator((attended,), attended.elements, width)  # heads beside each other
 
 

@@ -159,6 +159,7 @@ class LinearTape:
         if settings.fused_lora and layer.reads == "attention_in":  # one function of query, key and value keeps it too
             saves = (*saves, entering)
         middle = tape.operator((narrow, first), self._positions * settings.r, narrow.width, saves=saves)
+        tape.alive_until_here(read)
         second = self.weight(settings.r * layer.outputs, counted=False)
         return tape.operator((middle, second), self._positions * layer.outputs, middle.width, saves=(middle, second))
 
@@ -172,28 +173,33 @@ class LinearTape:
     def _dora(self, read: Tensor, result: Tensor, layer: Linear) -> Tensor:
         """The base's product and the adapter's, each times a trained fp32 vector; the sum comes in fp32."""
         tape, settings = self.tape, self.settings
-        base, inside = result, self._norm_of_rows(read, layer)
+        base = result
         if settings.lora_dropout > 0:
             read = self._dropped_out(read)
-        tape.operator((read, base), 0, 0, inside=inside)
+        matrices = self._norm_of_rows(read, layer)
         if settings.lora_dropout > 0:
             narrow = tape.cast(read, self.product_width) if settings.autocast else read
-            base = tape.operator((narrow,), result.elements, narrow.width, inside=layer.weights * read.width)
+            unpacked = Tensor(layer.weights, narrow.width, needs_gradient=False)  # for the input's gradient
+            saves = (unpacked,) if narrow.width != settings.base_bytes or settings.quantization != "none" else ()
+            base = tape.operator((narrow,), result.elements, narrow.width, saves=saves)
         lora = self._between(read, layer, read)
         wide = max(settings.trained_bytes, base.width)
         scaled_base = self._times_vector(base, wide)
         scaled = self._scaled(self._times_vector(lora, wide))
-        return self._add(result, self._add(scaled_base, scaled))
+        scaled = self._add(scaled_base, scaled)
+        tape.alive_until_here(matrices)
+        return self._add(result, scaled)
 
-    def _norm_of_rows(self, read: Tensor, layer: Linear) -> int:
-        """Bytes for a moment: the matrix, the adapter's, it scaled, their sum; an identity that B(A(.)) is taken of.
+    def _norm_of_rows(self, read: Tensor, layer: Linear) -> Tensor:
+        """The matrix and the adapter's, which exist until all is added up, and an identity that B(A(.)) is taken of.
 
-        CUDA's autocast takes the norm in fp32.
+        For a moment the adapter's scaled and their sum are beside them; CUDA's autocast takes the norm in fp32.
         """
         identity = layer.inputs * layer.inputs * self.product_width
         upcast = self.settings.autocast and self.settings.device == "cuda" and read.width < FULL_BYTES
-        each = max(4 * read.width, 3 * read.width + FULL_BYTES if upcast else 0)
-        return identity + each * layer.weights
+        beside = max(2 * read.width, read.width + FULL_BYTES if upcast else 0)
+        held = identity + 2 * read.width * layer.weights
+        return self.tape.operator((), held, 1, inside=beside * layer.weights)
 
     def _ia3(self, entering: Tensor, layer: Linear) -> Tensor:
         """A trained fp32 vector times the product, or before the MLP's last layer times its input."""
