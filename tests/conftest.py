@@ -21,6 +21,7 @@ import yaml
 # Before torch is imported: several workers with a thread per core each would wait for one another at every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CHARKHA_HISTORY"] = "off"  # what this machine remembers of itself is no test's to read or to write
 os.environ["CHARKHA_FOREGROUND"] = "1"  # commands train in their own process; the supervisor's tests take it away
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from charkha.config import CARRIED_OUT, Config, interval_of
+from charkha.carried_out import CARRIED_OUT
+from charkha.config import Config, interval_of
 from charkha.config_file import ALIASES, LoadedConfig, dump_config, known_keys, load_config
 from charkha.errors import ConfigError, ConfigProblem
 

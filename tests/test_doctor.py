@@ -15,25 +15,17 @@ import pytest
 from charkha import doctor, doctor_checks
 from charkha.doctor import (
     answer,
-    ask_child,
-    check_4bit,
     check_base,
     check_config,
-    check_cuda,
-    check_driver,
     diagnose,
     read_subject,
 )
 from charkha.doctor_checks import (
-    SPEED_FILE,
     Check,
     Memory,
-    Mount,
     check_checkpoints,
     check_clock,
     check_cpu_sensor,
-    check_disk,
-    check_disk_speed,
     check_hub_cache,
     check_memory,
     check_offline,
@@ -46,7 +38,13 @@ from charkha.doctor_checks import (
     check_ups,
     host_memory,
 )
+from charkha.doctor_children import ask_child, check_4bit, check_attention, check_cuda
+from charkha.doctor_disk import SPEED_FILE, Mount, check_disk, check_disk_speed
+from charkha.doctor_gpus import check_driver, check_link
+from charkha.doctor_speed import Learned, check_base_disk, check_transfers
 from charkha.errors import RunFolderError, UsageError
+from charkha.hardware.sensors import PcieLink
+from charkha.hardware.speeds import Speeds, remembered_speeds
 from charkha.hardware.ups import UpsReading
 from charkha.store.checkpoints import CheckpointStore, NewFile
 from charkha.store.durable import Disk, use_disk
@@ -94,16 +92,22 @@ def test_a_cpu_torch_beside_a_gpu_is_a_failure_with_the_command_that_mends_it(gp
 
 
 def program(text):
-    return f"import json, os, signal, sys, time\n{text}"
+    return "-c", f"import json, os, signal, sys, time\n{text}"
 
 
-def cards(*capabilities, error=0.003):
-    told = [{"kind": "cuda", "name": "card", "capability": one, "error": error} for one in capabilities]
-    return program(f"print('noise'); print(json.dumps({{'cuda': '13.0', 'cards': {told!r}}}))")
+def cards(*capabilities, error="0.003", built_for=("sm_75", "sm_86", "sm_90", "compute_90"), cudnn=91002):
+    told = ", ".join(
+        f"{{'kind': 'cuda', 'name': 'card', 'capability': {list(one)}, 'error': {error}}}" for one in capabilities
+    )
+    rest = {"torch": "2.13.0+cu130", "cuda": "13.0", "cudnn": cudnn, "built_for": list(built_for)}
+    return program(f"print('noise'); print(json.dumps({{**{rest!r}, 'cards': [{told}]}}))")
 
 
-CPU = program("print(json.dumps({'cuda': None, 'cards': [{'kind': 'cpu', 'name': 'cpu', 'capability': None, "
-              "'error': 0.003}]}))")  # fmt: skip
+CPU = program(
+    "card = {'kind': 'cpu', 'name': 'cpu', 'capability': None, 'error': 0.003}\n"
+    "rest = {'torch': '2.13.0+cpu', 'cuda': None, 'cudnn': None, 'built_for': []}\n"
+    "print(json.dumps({**rest, 'cards': [card]}))"
+)
 
 
 @pytest.mark.parametrize(
@@ -111,27 +115,51 @@ CPU = program("print(json.dumps({'cuda': None, 'cards': [{'kind': 'cpu', 'name':
     [((7, 5), "7.5, no bf16 units, no fp8"), ((8, 6), "8.6, bf16, no fp8"), ((8, 9), "8.9, bf16, fp8")],
 )
 def test_a_card_is_told_with_what_it_computes_in(capability, words):
-    check = check_cuda(1, cards(capability))
+    check, _ = check_cuda(1, cards(capability))
     assert words in check.fact
     assert check.verdict == ("warn" if capability < (8, 0) else "ok")
 
 
+@pytest.mark.parametrize(
+    ("capability", "built_for", "verdict"),
+    [
+        ((8, 9), ("sm_80", "sm_86"), "ok"),
+        ((12, 0), ("sm_90", "compute_90"), "ok"),
+        ((12, 0), ("sm_80", "sm_90"), "fail"),
+        ((7, 0), ("sm_75", "compute_75"), "fail"),
+        ((9, 0), ("sm_90a",), "ok"),
+    ],
+)
+def test_a_build_without_kernels_for_the_card_fails(capability, built_for, verdict):
+    _, check = check_cuda(1, cards(capability, built_for=built_for))
+    assert check.verdict == verdict
+    assert "cuDNN 9.10.2" in check.fact
+    assert (check.remedy is not None) == (verdict == "fail")
+
+
 def test_a_wrong_product_fails_even_as_nan():
-    assert check_cuda(1, cards((8, 9), error=0.5)).verdict == "fail"
-    nan = cards((8, 9)).replace("0.003", "float('nan')")
-    assert "wrong product" in check_cuda(1, nan).fact
+    assert check_cuda(1, cards((8, 9), error="0.5"))[0].verdict == "fail"
+    assert "wrong product" in check_cuda(1, cards((8, 9), error="float('nan')"))[0].fact
 
 
 def test_a_torch_that_sees_no_gpu_fails_where_the_driver_has_one(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert check_cuda(0, CPU).verdict == "ok"
-    check = check_cuda(1, CPU)
+    assert [check.verdict for check in check_cuda(0, CPU)] == ["ok", "ok"]
+    check = check_cuda(1, CPU)[0]
     assert (check.verdict, "install_torch.py" in check.remedy) == ("fail", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert "CUDA_VISIBLE_DEVICES is '-1'" in check_cuda(1, CPU).remedy
+    assert "CUDA_VISIBLE_DEVICES is '-1'" in check_cuda(1, CPU)[0].remedy
 
 
-@pytest.mark.parametrize("check", [lambda text: check_cuda(1, text, 2), lambda text: check_4bit(text, 2)])
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda text: check_cuda(1, text, 2)[0],
+        lambda text: check_4bit(text, 2),
+        lambda text: check_attention(1, text, 2),
+        lambda text: check_transfers([PcieLink()], Learned(), text, 2)[0],
+    ],
+)
 def test_a_child_that_crashes_is_told_by_its_signal(check):
     crashed = check(program("os.kill(os.getpid(), signal.SIGSEGV)"))
     assert crashed.verdict == "fail"
@@ -140,14 +168,14 @@ def test_a_child_that_crashes_is_told_by_its_signal(check):
 
 def test_a_child_that_hangs_is_killed_and_unknown():
     began = time.monotonic()
-    check = check_cuda(1, program("time.sleep(60)"), 0.5)
+    (check,) = check_cuda(1, program("time.sleep(60)"), 0.5)
     assert time.monotonic() - began < 5
     assert (check.verdict, "no answer within 0.5 s" in check.fact) == ("unknown", True)
 
 
 def test_a_child_that_raises_is_told_by_its_error_not_by_the_advice_below_it():
     text = "raise RuntimeError('CUDA error: no kernel image\\nCompile with TORCH_USE_CUDA_DSA')"
-    assert "RuntimeError: CUDA error: no kernel image" in check_cuda(1, program(text)).fact
+    assert "RuntimeError: CUDA error: no kernel image" in check_cuda(1, program(text))[0].fact
     assert "exit code 3" in check_4bit(program("os._exit(3)")).fact
     assert "no JSON" in check_4bit(program("print('hello')")).fact
 
@@ -155,13 +183,120 @@ def test_a_child_that_raises_is_told_by_its_error_not_by_the_advice_below_it():
 def test_a_child_imports_nothing_that_lies_in_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "numbers.py").write_text("raise SystemExit('the wrong file')\n")
     monkeypatch.chdir(tmp_path)
-    assert ask_child("import numbers; print(1)", 20) == 1
+    assert ask_child(("-c", "import numbers; print(1)"), 20) == 1
 
 
-def test_4bit_kernels_must_come_back_close():
-    assert check_4bit(program("print(json.dumps({'cuda:0': 0.092}))")).verdict == "ok"
-    assert check_4bit(program("print(json.dumps({'cuda:0': 0.092, 'cuda:1': 0.9}))")).verdict == "fail"
-    assert check_4bit(program("print(json.dumps({'cuda:0': float('nan')}))")).verdict == "fail"
+@pytest.mark.parametrize(
+    ("errors", "verdict"),
+    [
+        ("{'cuda:0': {'back': 0.092, 'product': 0.001}}", "ok"),
+        ("{'cuda:0': {'back': 0.092, 'product': 0}, 'cuda:1': {'back': 0.9, 'product': 0}}", "fail"),
+        ("{'cuda:0': {'back': 0.092, 'product': 0.3}}", "fail"),
+        ("{'cuda:0': {'back': float('nan'), 'product': 0.0}}", "fail"),
+        ("{}", "fail"),
+    ],
+)
+def test_4bit_kernels_must_come_back_close_and_multiply_right(errors, verdict):
+    assert check_4bit(program(f"print(json.dumps({errors}))")).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "package", "verdict", "words"),
+    [
+        (0.004, None, "ok", "the package flash-attn is not installed"),
+        (0.004, 0.005, "ok", "the package flash-attn within 0.5%"),
+        (0.004, "ImportError: undefined symbol", "warn", "does not run (ImportError: undefined symbol)"),
+        (0.004, 0.6, "fail", "within 60.0%"),
+        ("RuntimeError: No available kernel.", None, "ok", "torch's FlashAttention does not run"),
+        (float("nan"), None, "fail", "within nan%"),
+    ],
+)
+def test_attention_kernels_must_agree_with_plain_attention(ours, package, verdict, words):
+    told = repr([{"name": "card", "torch": ours, "package": package}]).replace("nan", "float('nan')")
+    check = check_attention(1, program(f"print(json.dumps({{'cards': {told}}}))"))
+    assert check.verdict == verdict
+    assert words in check.fact
+    assert (check.remedy is None) == (verdict == "ok")
+
+
+def test_without_a_gpu_no_child_is_asked_for_attention_or_copies():
+    assert check_attention(0, program("sys.exit(1)")).verdict == "ok"
+    assert check_transfers([], Learned(), program("sys.exit(1)"))[0].verdict == "ok"
+
+
+# Speeds
+
+
+def transfers(*cards, pairs=()):
+    told = [{"to_device": to * 1e9, "to_host": back * 1e9} for to, back in cards]
+    between = [{"from": 0, "to": 1, "direct": direct, "bytes_per_s": rate * 1e9} for direct, rate in pairs]
+    return program(f"print(json.dumps({{'cards': {told}, 'pairs': {between}}}))")
+
+
+GEN4 = PcieLink(4, 16, 4, 16)
+
+
+def test_copies_are_held_against_what_the_link_carries():
+    learned = Learned()
+    (check,) = check_transfers([GEN4], learned, transfers((25, 24)))
+    assert (check.verdict, check.fact) == ("ok", "23.3 GiB/s to the card, 22.4 GiB/s back (pinned memory)")
+    assert learned.host_to_device_bytes_per_s == 25e9
+    (slow,) = check_transfers([GEN4], learned, transfers((6, 6)))
+    assert (slow.verdict, "of 29.3 GiB/s" in slow.fact) == ("warn", True)
+    assert check_transfers([PcieLink()], learned, transfers((6, 6)))[0].verdict == "ok"
+    assert check_transfers([GEN4], learned, transfers())[0].verdict == "unknown"
+
+
+def test_of_several_cards_the_slowest_is_remembered_and_copies_between_them_are_told():
+    learned = Learned()
+    _, pairs = check_transfers([GEN4, GEN4], learned, transfers((25, 24), (12, 11), pairs=[(False, 5), (False, 6)]))
+    assert (learned.host_to_device_bytes_per_s, learned.device_to_host_bytes_per_s) == (12e9, 11e9)
+    assert (pairs.verdict, "0 of 2 pairs" in pairs.fact) == ("warn", True)
+    _, linked = check_transfers([GEN4] * 2, learned, transfers((25, 24), (25, 24), pairs=[(True, 90), (True, 90)]))
+    assert (linked.verdict, linked.remedy) == ("ok", None)
+
+
+def test_what_was_measured_is_what_the_next_plan_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARKHA_HISTORY", str(tmp_path / "memory"))
+    Learned(25e9, 24e9, {tmp_path: 3e9}).remember(["RTX 4090"])
+    Learned(disks={tmp_path: 2e9}).remember([])
+    assert remembered_speeds(["RTX 4090"], tmp_path) == Speeds(25e9, 24e9, 2e9)
+    Learned().remember(["RTX 3090"])
+    monkeypatch.setenv("CHARKHA_HISTORY", "off")
+    Learned(25e9, 24e9).remember(["RTX 4090"])
+
+
+def test_the_disk_of_the_weights_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
+    learned = Learned()
+    assert check_base_disk(None, learned).verdict == "ok"
+    assert not learned.disks
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(os.urandom(1 << 20) * 64)
+    check = check_base_disk(tmp_path, learned)
+    assert check.verdict in ("ok", "warn")
+    assert "read in sequence" in check.fact
+    assert learned.disks[tmp_path] > 0
+    monkeypatch.setattr("charkha.doctor_speed.disk_read_bytes_per_s", lambda path: 100e6)
+    assert "NVMe" in check_base_disk(tmp_path, learned).remedy
+
+
+@pytest.mark.parametrize(
+    ("link", "verdict", "words"),
+    [
+        (PcieLink(4, 16, 4, 16), "ok", "PCIe 4.0 x16"),
+        (PcieLink(1, 16, 4, 16), "ok", "1.0 x16 while it rests"),
+        (PcieLink(4, 16, 4, 16, nvlinks=4), "ok", "4 NVLink up"),
+        (PcieLink(4, 4, 4, 16), "warn", "but 4 lanes now"),
+        (PcieLink(3, 4, 3, 4), "warn", "PCIe 3.0 x4"),
+        (PcieLink(3, 8, 3, 8), "ok", "PCIe 3.0 x8"),
+        (PcieLink(), "unknown", "does not tell"),
+    ],
+)
+def test_a_link_is_told_and_lost_lanes_are_warned_of(link, verdict, words):
+    check = check_link(0, link)
+    assert check.verdict == verdict
+    assert words in check.fact
 
 
 # GPUs through NVML
@@ -191,13 +326,15 @@ ASK = """
 import json
 from dataclasses import asdict
 from functools import partial
-from charkha.doctor import answer, check_driver, check_gpu, gpu_memory
+from charkha.doctor import answer
 from charkha.doctor_checks import Memory, check_memory
+from charkha.doctor_gpus import check_driver, check_gpu, check_peers, gpu_memory
 from charkha.hardware.sensors import open_nvml
 nvml = open_nvml()
 checks = answer("nvidia driver", lambda: check_driver(nvml))
 for index in range(nvml.count):
     checks += answer(f"gpu {index}", partial(check_gpu, nvml, index))
+checks += answer("gpu peers", lambda: check_peers(nvml))
 sizes = [gpu_memory(index) for index in range(nvml.count)]
 checks += answer("memory", lambda: check_memory(sizes, Memory(16 << 30, 8 << 30, 0)))
 print(json.dumps({check.name: asdict(check) for check in checks}))
@@ -243,7 +380,10 @@ def test_a_sound_card_is_told_with_memory_heat_and_power(examine):
     assert checks["nvidia driver"] == {
         "name": "nvidia driver", "fact": "580.95, 1 GPU, speaks CUDA 13.1", "verdict": "ok", "remedy": None,
     }  # fmt: skip
-    assert checks["gpu 0"]["fact"] == "NVIDIA GeForce RTX 4090, 24 GiB, 23 GiB free, 67 °C (slows down at 97)"
+    assert (
+        checks["gpu 0"]["fact"]
+        == "NVIDIA GeForce RTX 4090, 24 GiB, 23 GiB free, 67 °C (slows down at 97), 30 of margin"
+    )
     assert checks["gpu 0"]["verdict"] == "ok"
     assert checks["gpu 0 slowdown"] == {
         "name": "gpu 0 slowdown", "fact": "sw_power_cap", "verdict": "ok", "remedy": None,
@@ -285,6 +425,25 @@ def test_a_card_that_tells_nothing_is_unknown(examine):
     assert checks["gpu 0"]["fact"] == "name unknown, memory unknown, temperature unknown"
     assert [checks[name]["verdict"] for name in ("gpu 0", "gpu 0 power limit")] == ["unknown", "unknown"]
     assert checks["nvidia driver"]["verdict"] == "ok"
+
+
+def test_the_link_of_a_card_is_read_through_the_driver(examine):
+    told = {"pcie_generation": 1, "pcie_width": 16, "pcie_most_generation": 4, "pcie_most_width": 16}
+    checks, _ = examine(**told)
+    assert (checks["gpu 0 link"]["verdict"], checks["gpu 0 link"]["fact"]) == (
+        "ok", "PCIe 4.0 x16, 1.0 x16 while it rests",
+    )  # fmt: skip
+    lost, _ = examine(**told | {"pcie_width": 8, "nvlink0": 1, "nvlink3": 1})
+    assert (lost["gpu 0 link"]["verdict"], "2 NVLink up, but 8 lanes" in lost["gpu 0 link"]["fact"]) == ("warn", True)
+    silent, _ = examine()
+    assert silent["gpu 0 link"]["verdict"] == "unknown"
+
+
+def test_cards_that_reach_each_other_are_counted(examine):
+    assert examine(count=3, p2p_read=0)[0]["gpu peers"]["fact"] == "3 of 3 pairs may read each other's memory"
+    apart, _ = examine(count=2, p2p_read=3)
+    assert (apart["gpu peers"]["verdict"], "GeForce" in apart["gpu peers"]["remedy"]) == ("ok", True)
+    assert examine(count=2)[0]["gpu peers"]["verdict"] == "unknown"
 
 
 def test_a_card_on_the_bus_without_a_driver_fails(tmp_path):
@@ -379,10 +538,12 @@ def test_a_small_disk_is_warned_of_and_a_full_one_fails(tmp_path, block, free, v
 
 
 def test_the_disk_is_measured_and_nothing_is_left_behind(tmp_path):
-    check = check_disk_speed(tmp_path, size=4 << 20)
+    rates = {}
+    check = check_disk_speed(tmp_path, rates, size=16 << 20)
     assert check.verdict in ("ok", "warn")
     assert "checkpoint of 1 GiB in" in check.fact
     assert "fsync" in check.fact
+    assert rates[tmp_path] > 0
     assert not list(tmp_path.iterdir())
 
 
@@ -392,7 +553,7 @@ def test_a_disk_that_cannot_be_written_fails_and_leaves_nothing(tmp_path):
             raise OSError(5, "Input/output error")
 
     with use_disk(Broken()):
-        check = check_disk_speed(tmp_path, size=1 << 20)
+        check = check_disk_speed(tmp_path, {}, size=1 << 20)
     assert (check.verdict, "Input/output error" in check.fact) == ("fail", True)
     assert not list(tmp_path.iterdir())
 
@@ -403,9 +564,9 @@ def test_a_slow_disk_is_warned_of_and_a_full_one_is_not_written(tmp_path):
             time.sleep(0.11)
 
     with use_disk(Slow()):
-        assert check_disk_speed(tmp_path, size=1 << 20).verdict == "warn"
+        assert check_disk_speed(tmp_path, {}, size=1 << 20).verdict == "warn"
     with use_disk(Sized(GIB)):
-        assert check_disk_speed(tmp_path).verdict == "unknown"
+        assert check_disk_speed(tmp_path, {}).verdict == "unknown"
 
 
 # UPS and sensors
@@ -623,6 +784,7 @@ def test_one_broken_check_hides_no_other(tmp_path, monkeypatch, run):
     assert len({"python", "packages", "memory", "disk speed", "clock", "base model"} & set(checks)) == 6
     assert seen[:2] == ["python", "packages"]
     assert seen[-1] == "checkpoints"
+    assert {"attention", "gpu transfer", "weights disk"} <= set(checks)
 
 
 def test_an_interrupted_measurement_leaves_no_file(run, monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from charkha.config import CARRIED_OUT, Config
+from charkha.carried_out import CARRIED_OUT
+from charkha.config import Config
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- config keys: begin -->", "<!-- config keys: end -->"

@@ -60,12 +60,15 @@ def child(base: Path, cache: Path, hidden: int, layers: int, work: bool) -> None
     import transformers  # noqa: F401
     import trl  # noqa: F401
 
-    from charkha.backends.torch.slabs import LinearShape, ensure_slab
+    from charkha.backends.torch.slab_making import LayerShape, ensure_slab
+    from charkha.backends.torch.slab_parts import LinearShape
 
     began, began_cpu = time.perf_counter(), time.process_time()
     if work:
         plan = [
-            [LinearShape(f"model.layers.{n}.{name}", *shape) for name, shape in linear_shapes(hidden).items()]
+            LayerShape(
+                tuple(LinearShape(f"model.layers.{n}.{name}", *shape) for name, shape in linear_shapes(hidden).items())
+            )
             for n in range(layers)
         ]
         slab = ensure_slab(base, plan, quantization="nf4", dtype="bf16", device="cpu", cache=cache)

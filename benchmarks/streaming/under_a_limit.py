@@ -115,7 +115,7 @@ def train(work: Path, base: Path, placement: str, limit_bytes: int | None) -> di
 
 
 def _watched(config: Path, work: Path, members: Path | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "charkha", "train", str(config), "--foreground", "--json"]
+    command = [sys.executable, "-m", "charkha", "train", str(config), "--foreground", "--ignore-plan", "--json"]
     enter = (lambda: members.write_text(str(os.getpid()))) if members else None
     began, peak = time.monotonic(), 0
     with (work / "stderr").open("w") as log:

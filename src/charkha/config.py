@@ -1,7 +1,8 @@
 """The wish: one frozen model per section of charkha.yaml.
 
 Names are the ecosystem's (Hugging Face, PEFT, TRL). Every field has one line of meaning with its unit. Reading the file
-is in `config_file.py`; what `auto` becomes here in `training/choices.py`; what is not carried out in `unsupported`.
+is in `config_file.py`; what `auto` becomes here in `training/choices.py` and `plan/autos.py`; what is not carried out
+in `carried_out.py`.
 """
 
 from __future__ import annotations
@@ -185,17 +186,17 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this 2-norm.")
     batch_size: int = Field(16, ge=1, description="Sequences per optimizer step, over all devices.")
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="Sequences in memory at once; the rest of the batch is accumulated."
+        "auto", description="Sequences in memory at once; the rest is accumulated. auto is the fastest that fits."
     )
     gradient_checkpointing: Literal["auto", "none", "full", "selective"] | bool = Field(
-        "auto", description="Recompute activations in the backward pass: less memory, about a third more arithmetic."
+        "auto", description="Recompute activations: less memory, a third more arithmetic; auto is none where that fits."
     )
     loss_head: Literal["auto", "full", "chunked"] = Field(
-        "auto", description="full: logits of all trained positions at once; chunked: of a few at a time."
+        "auto", description="full: all logits of a micro batch at once; chunked: a few; auto is the faster that fits."
     )
     fused_kernels: Literal["auto", "none", "liger"] = Field("auto", description="Fused GPU kernels.")
     optimizer: str = Field(
-        "auto", description="A transformers optimizer name, such as paged_adamw_8bit; auto is adamw_torch_fused."
+        "auto", description="A transformers name; auto is adamw_torch_fused, or paged_adamw_8bit where full needs it."
     )
     eval_every: Literal["auto"] | Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
         "auto", description="Steps between evaluations, or a share of an epoch (0.5); auto is once an epoch."
@@ -362,39 +363,3 @@ class Config(Section):
                 "does not allow; use adapter.method lora, or quantization none"
             )
         return self
-
-
-# Values of the schema that this version does not carry out yet: key -> values that it does. A value that would be
-# ignored is refused, because a run that silently does something else is worse than one that does not start.
-CARRIED_OUT: dict[str, tuple[object, ...]] = {
-    "model.upcast_unquantized": ("auto", False),
-    "data.format": ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "oasst", "text"),
-    "training.objective": ("sft",),
-    "training.init_from": (None,),
-    "training.gradient_checkpointing": ("auto", "none", "full", True, False),
-    "training.fused_kernels": ("auto", "none"),
-    "training.early_stopping": (None,),
-    "devices.strategy": ("auto", "single", "ddp"),
-    "devices.hosts": ([],),
-    "devices.shard_dtype": ("auto",),
-    "devices.offload": ("none",),
-    "devices.offload_to": ("cpu",),
-}
-
-
-def unsupported(config: Config) -> list[tuple[str, object, str]]:
-    """Keys whose value this version would not carry out: (key, value, values that work)."""
-    found = []
-    for key, values in CARRIED_OUT.items():
-        value: object = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
-            found.append((key, value, " or ".join(_yaml_word(known) for known in values)))
-    return found
-
-
-def _yaml_word(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

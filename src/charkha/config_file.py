@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from charkha import yaml_text
-from charkha.config import Config, unsupported
+from charkha.carried_out import unsupported
+from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 
 # Spellings of Axolotl, LLaMA-Factory, Unsloth, TRL and PEFT -> ours. A key that stands at the top of the file, as it

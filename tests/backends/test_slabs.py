@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from charkha.backends.torch.slab_making import LayerShape, ensure_slab
+from charkha.backends.torch.slab_parts import LinearShape, Rows
 from charkha.backends.torch.slabs import (
     DATA,
     INDEX,
     LAYER_ALIGNMENT,
     PIECE_ALIGNMENT,
-    LinearShape,
     Slab,
-    ensure_slab,
-    slab_cache,
+    SlabDamaged,
 )
 from charkha.errors import DoesNotFit, EnvironmentProblem
 from charkha.store import durable
@@ -29,8 +29,11 @@ class Killed(Exception):
     pass
 
 
-def layers(count: int = 3) -> list[list[LinearShape]]:
-    return [[LinearShape(f"layers.{n}.{name}", ROWS, COLUMNS) for name in ("up", "down")] for n in range(count)]
+def layers(count: int = 3) -> list[LayerShape]:
+    return [
+        LayerShape(tuple(LinearShape(f"layers.{n}.{name}", ROWS, COLUMNS) for name in ("up", "down")))
+        for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def base(tmp_path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     torch.manual_seed(0)
-    names = [f"{linear.name}.weight" for layer in layers() for linear in layer]
+    names = [f"{linear.name}.weight" for layer in layers() for linear in layer.linears]
     save_file({name: torch.randn(ROWS, COLUMNS) for name in names}, folder / "model.safetensors")
     return folder
 
@@ -107,27 +110,102 @@ def test_after_a_kill_finished_layers_are_kept(base, tmp_path):
     assert resumed.path.read_bytes() == whole.path.read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index"])
-def test_damage_is_found_by_hash_and_made_again(base, damage, caplog):
+def read(slab: Slab, number: int) -> Any:
+    """A unit's bytes as a run reads them."""
+    import torch
+
+    from charkha.backends.torch.transfers import LayerReader
+
+    target = torch.empty(slab.units[number].byte_count, dtype=torch.uint8)
+    LayerReader(slab).read(number, target)
+    return target
+
+
+def test_a_flipped_bit_is_found_before_it_is_used_and_its_layer_alone_made_again(base, caplog):
     slab = make(base)
     good = slab.path.read_bytes()
     bad = bytearray(good)
     bad[slab.layers[1].offset + 7] ^= 1
+    slab.path.write_bytes(bad)
+    assert make(base) == slab  # nothing is hashed at the start
+    assert bytes(read(slab, 0)) == good[: slab.layers[0].byte_count]
+    with pytest.raises(SlabDamaged, match=r"the bytes of layers\.1\.up and 1 further weights") as caught:
+        read(slab, 1)
+    assert caught.value.where == str(slab.path)
+    assert slab.path.read_bytes() == bytes(bad)
+    written: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        mended = make(base, on_layer=lambda done, total: written.append(done))
+    assert (written, mended) == ([], slab)
+    assert mended.path.read_bytes() == good
+    assert "layers.1.up was damaged; it is made anew" in caplog.text
+    for number in range(3):
+        read(mended, number)
+
+
+def test_a_unit_is_compared_with_its_hash_once_a_run(base):
+    import torch
+
+    from charkha.backends.torch.transfers import LayerReader
+
+    slab = make(base)
+    reader, target = LayerReader(slab), torch.empty(slab.layers[0].byte_count, dtype=torch.uint8)
+    reader.read(0, target)
+    data = bytearray(slab.path.read_bytes())
+    data[7] ^= 1
+    slab.path.write_bytes(data)
+    reader.read(0, target)
+    with pytest.raises(SlabDamaged):
+        read(slab, 0)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "index", "format"])
+def test_what_is_missing_is_made_again(base, damage, caplog):
+    slab = make(base)
+    good = slab.path.read_bytes()
+    index = slab.path.parent / INDEX
     match damage:
-        case "flip":
-            slab.path.write_bytes(bad)
         case "cut":
             slab.path.write_bytes(good[: slab.layers[1].offset + 9])
         case "gone":
             slab.path.unlink()
         case "index":
-            (slab.path.parent / INDEX).write_text('{"format": 1, "layers"')
+            index.write_text('{"format": 2, "layers"')
+        case "format":
+            index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 1}))
     written: list[int] = []
     with caplog.at_level(logging.WARNING):
         mended = make(base, on_layer=lambda done, total: written.append(done))
     assert mended.path.read_bytes() == good
-    assert written == {"flip": [2, 3], "cut": [2, 3], "gone": [1, 2, 3], "index": [1, 2, 3]}[damage]
-    assert ("cannot be read" if damage == "index" else "does not match its hash") in caplog.text
+    assert written == {"cut": [2, 3], "gone": [1, 2, 3], "index": [1, 2, 3], "format": [1, 2, 3]}[damage]
+    told = {"cut": "ends before layer 1", "gone": "ends before layer 0"}
+    assert told.get(damage, "cannot be read") in caplog.text
+
+
+def test_experts_are_units_of_their_own_wherever_the_files_keep_them(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    torch.manual_seed(0)
+    fused, apart = torch.randn(2, 2 * ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
+    stored = {"q.weight": apart, "experts.gate_up": fused, "w1": apart + 1, "w3": apart + 2}
+    save_file(stored, base / "model.safetensors")
+    experts = tuple(
+        (LinearShape(f"experts.{n}.gate_up", 2 * ROWS, COLUMNS, (Rows("experts.gate_up", n * 2 * ROWS, 2 * ROWS),)),)
+        for n in range(2)
+    )
+    joined = (LinearShape("experts.2.gate_up", 2 * ROWS, COLUMNS, (Rows("w1", 0, ROWS), Rows("w3", 0, ROWS))),)
+    shape = LayerShape((LinearShape("q", ROWS, COLUMNS),), (*experts, joined))
+    slab = make(base, quantization="none", dtype="fp32", layers=[shape, LayerShape(shape.linears)])
+    assert (len(slab.layers), len(slab.units)) == (2, 5)
+    assert (list(slab.expert_units(0)), list(slab.expert_units(1))) == ([2, 3, 4], [])
+    found = [read(slab, unit)[: 2 * ROWS * COLUMNS * 4].view(torch.float32).view(-1, COLUMNS) for unit in (2, 3, 4)]
+    assert torch.equal(torch.stack(found[:2]), fused)
+    assert torch.equal(found[2], torch.cat([stored["w1"], stored["w3"]]))
+    assert make(base, quantization="none", dtype="fp32", layers=[shape, LayerShape(shape.linears)]) == slab
 
 
 def test_the_slab_of_another_base_is_refused(base):
@@ -156,9 +234,9 @@ def test_each_quantization_and_dtype_has_its_own(base):
 
 def test_a_weight_under_another_name_or_of_another_shape_is_told(base):
     with pytest.raises(EnvironmentProblem, match=r"other\.weight under another name"):
-        make(base, layers=[[LinearShape("other", ROWS, COLUMNS)]])
+        make(base, layers=[LayerShape((LinearShape("other", ROWS, COLUMNS),))])
     with pytest.raises(EnvironmentProblem, match=r"has shape \(48, 64\) in the files"):
-        make(base, layers=[[LinearShape("layers.0.up", COLUMNS, ROWS)]])
+        make(base, layers=[LayerShape((LinearShape("layers.0.up", COLUMNS, ROWS),))])
 
 
 def test_a_full_disk_is_told_before_anything_is_written(base, monkeypatch):
@@ -166,11 +244,3 @@ def test_a_full_disk_is_told_before_anything_is_written(base, monkeypatch):
     with pytest.raises(DoesNotFit, match="are free"):
         make(base)
     assert not list((base.parent / "cache").glob(f"*/{INDEX}"))
-
-
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.delenv("CHARKHA_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert slab_cache() == tmp_path / "xdg" / "charkha" / "slabs"
-    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "own"))
-    assert slab_cache() == tmp_path / "own" / "slabs"

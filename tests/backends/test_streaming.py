@@ -93,6 +93,44 @@ def test_biases_and_tied_heads_are_loaded_as_for_a_resident_base(model_folder, r
     assert same(run_steps(folder, **settings), run_steps(folder, streaming=Streaming(), **settings))
 
 
+@pytest.mark.parametrize("settings", [{}, pytest.param({"dtype": "bf16", "reentrant": True}, marks=LONG)])
+def test_int8_is_the_same_streamed(model_folder, settings):
+    folder = model_folder("llama", num_hidden_layers=LAYERS)
+    settings = {"quantization": "int8", **settings}
+    assert same(run_steps(folder, **settings), run_steps(folder, streaming=Streaming(), **settings))
+
+
+STORED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "bfloat16"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("fp4", marks=LONG), pytest.param("int8", marks=LONG)])
+def test_a_base_stored_quantized_goes_through_as_it_is(model_folder, tmp_path, kind):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    stored = tmp_path / "stored"
+    quantized = AutoModelForCausalLM.from_pretrained(
+        model_folder("llama", num_hidden_layers=LAYERS),
+        quantization_config=BitsAndBytesConfig(**STORED[kind]),
+        dtype=torch.bfloat16,
+    )
+    quantized.save_pretrained(str(stored))
+    settings = {"quantization": kind, "dtype": "bf16"}
+    streamed = run_steps(stored, streaming=Streaming(), **settings)
+    assert same(run_steps(stored, **settings), streamed)
+    held = streamed.model.get_base_model().streaming_engine.slab
+    piece = next(piece for piece in held.layers[0].pieces if piece.part in ("packed", "int8"))
+    begin = held.layers[0].offset + piece.offset
+    in_slab = held.path.read_bytes()[begin : begin + piece.byte_count]
+    in_file = load_file(stored / "model.safetensors")[f"{piece.module}.weight"]
+    assert in_slab == in_file.view(torch.uint8).numpy().tobytes()
+
+
 def test_what_lies_in_the_slots_at_a_turn_is_used_again(model_folder):
     from charkha.backends.torch.streamed_model import engine_of
 
@@ -125,7 +163,8 @@ def test_buffers_take_the_slots_and_hot_layers_and_no_more(model_folder):
 
 
 def test_a_layer_sent_for_too_early_ends_the_run(model_folder, monkeypatch):
-    from charkha.backends.torch.streaming import Engine, WeightsOverwritten
+    from charkha.backends.torch.expert_slots import WeightsOverwritten
+    from charkha.backends.torch.streaming import Engine
 
     monkeypatch.setattr(Engine, "_upcoming", lambda self, position: [min(position + 2, len(self.cold) - 1)])
     with pytest.raises(WeightsOverwritten, match="was brought into the slot of layer"):
@@ -178,9 +217,11 @@ def test_an_unreadable_slab_is_told_where_the_layer_is_needed(model_folder):
         ("llama", {}, {"method": "ia3"}, 1, "has not been tried"),
         ("llama", {}, {}, 2, "2 processes would each stream"),
         ("llama", {"device": "mps"}, {}, 1, "shares its memory"),
-        ("llama", {"quantization": "int8"}, {}, 1, "int8 is not streamed yet"),
+        ("llama", {"quantization": "int8"}, {"method": "dora"}, 1, "DoRA on a streamed int8 base"),
         ("llama", {}, {"modules_to_save": ("mlp",)}, 1, "'mlp' would train model.layers.0.mlp"),
-        ("mixtral", {"quantization": "none"}, {}, 1, "expert weights in one 3-D tensor"),
+        ("mixtral", {}, {}, 1, "'all-linear' adapts the experts"),
+        ("mixtral", {}, {"target_modules": ("q_proj", "down_proj")}, 1, "'down_proj' adapts the experts"),
+        ("mixtral", {"quantization": "int8"}, {"target_modules": ("q_proj",)}, 1, "experts of int8"),
         ("gpt2", {"quantization": "none"}, {}, 1, "is no plain linear layer"),
     ],
 )

@@ -46,8 +46,9 @@ def test_this_machine_is_examined_within_20_seconds_without_importing_torch(tmp_
     assert all(set(check) == {"name", "fact", "verdict", "remedy"} for check in checks)
     assert {check["verdict"] for check in checks} <= {"ok", "warn", "fail", "unknown"}
     found = {check["name"]: check for check in checks}
-    assert list(found)[:6] == ["python", "packages", "torch build", "nvidia driver", "cuda", "4-bit kernels"]
-    for name in ("python", "packages", "4-bit kernels", "offline", "telemetry", "clock"):
+    first = ["python", "packages", "torch build", "nvidia driver", "cuda", "torch kernels", "4-bit kernels"]
+    assert list(found)[:7] == first
+    for name in ("python", "packages", "torch kernels", "4-bit kernels", "offline", "telemetry", "clock"):
         assert found[name]["verdict"] == "ok", found[name]
     assert not any("could not be checked" in check["fact"] for check in checks), checks
     assert ended["code"] == (5 if any(check["verdict"] == "fail" for check in checks) else 0)

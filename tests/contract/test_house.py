@@ -68,7 +68,9 @@ def floors() -> list[set[str]]:
 # Files that belong to a room of another name.
 BELONGS_TO = {
     "config_file": "config", "yaml_text": "config", "optimizers": "config", "guard_limits": "config",
-    "personal_kinds": "config", "guard_heat": "guard", "guard_trace": "guard", "doctor_checks": "doctor",
+    "personal_kinds": "config", "carried_out": "config",
+    "guard_heat": "guard", "guard_trace": "guard", "doctor_checks": "doctor",
+    "doctor_children": "doctor", "doctor_disk": "doctor", "doctor_gpus": "doctor", "doctor_speed": "doctor",
     "__main__": "cli",
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from charkha.data.order import plan_epoch
+from charkha.data.order import padded_micro_batches, plan_epoch
 from charkha.errors import UsageError
 
 Steps = list[list[np.ndarray]]
@@ -80,3 +80,15 @@ def test_without_shuffling_steps_follow_the_file() -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 1"):
         plan(10, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "micro"), list(itertools.product([1, 5, 17, 1000], [1, 7, 16], [1, 3, 16, 64]))
+)
+def test_padded_micro_batches_are_those_of_the_first_epoch(rows: int, batch: int, micro: int) -> None:
+    planned = [part for step in plan(rows, batch, micro) for part in step if len(part)]
+    expected = sorted((len(part), int(lengths(rows)[part].max())) for part in planned)
+    counts, longest = padded_micro_batches(
+        lengths(rows), batch_size=batch, micro_batch_size=micro, seed=42, fingerprint="data"
+    )
+    assert sorted(zip(counts.tolist(), longest.tolist(), strict=True)) == expected

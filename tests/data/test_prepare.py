@@ -2,35 +2,41 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from charkha.data.duplicates import hash_rows
 from charkha.data.formats import ReadOptions, read_rows
 from charkha.data.inspect import inspect_file
-from charkha.data.prepare import (
-    count_duplicates,
-    prepare_files,
-    split_rows,
-    without_duplicates,
-    write_jsonl,
-)
+from charkha.data.prepare import prepare_files
 from charkha.data.preview import preview_rows
-from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn, content_hash, dataset_fingerprint
-from charkha.data.splits import SplitWish, held_out_count
+from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn, content_hash
+from charkha.data.splits import SplitKeys, SplitWish, held_out, held_out_count, repetitions
 from charkha.data.templates import load_template
 from charkha.data.tokenize import EncodeSettings
 from charkha.data.tokenizer import Tokenizer
 from charkha.errors import DataError, UsageError
 
 ROWS = [TextRow(f"row {number % 70}", number) for number in range(100)]
+Texts = tuple[TextRow, ...]
 CHATML = load_template(Path("nowhere"), "chatml")
+
+
+def split(rows: Sequence[TextRow], eval_: str | int | float, seed: int) -> tuple[Texts, Texts]:
+    """(training rows, held-out rows) by content alone: no groups, no times."""
+    nothing = np.zeros(len(rows))
+    chosen = held_out(SplitKeys(hash_rows(rows), nothing.astype(np.uint64), nothing), SplitWish(eval_, seed))
+    sides = [tuple(row for row, out in zip(rows, chosen, strict=True) if out is np.bool_(side)) for side in (0, 1)]
+    return sides[0], sides[1]
 
 
 @pytest.mark.parametrize(("eval_", "count"), [("5%", 5), (0.05, 5), (7, 7), ("7", 7), (0, 0), ("0%", 0), ("0.1%", 1)])
 def test_shares_and_counts(eval_: str | int | float, count: int) -> None:
     assert held_out_count(eval_, 100) == count
-    assert len(split_rows(ROWS, eval_, 42)[1]) in (count, count - 1)
+    assert len(split(ROWS, eval_, 42)[1]) in (count, count - 1)
 
 
 @pytest.mark.parametrize("eval_", ["many", "-3", -3, 1.5, "120%", "nan", "eval.jsonl"])
@@ -41,37 +47,38 @@ def test_what_is_no_share_is_refused(eval_: str | int | float) -> None:
 
 def test_the_same_words_never_stand_on_both_sides() -> None:
     for seed in range(20):
-        train, held_out = split_rows(ROWS, "20%", seed)
+        train, held_out = split(ROWS, "20%", seed)
         assert sorted(row.line for row in (*train, *held_out)) == list(range(100))
         assert not {row.text for row in train} & {row.text for row in held_out}
 
 
 def test_a_split_depends_on_seed_and_content_and_not_on_the_order() -> None:
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
-    chosen = {row.line for row in split_rows(ROWS, 10, 42)[1]}
-    assert {row.line for row in split_rows(shuffled, 10, 42)[1]} == chosen
-    assert {row.line for row in split_rows(ROWS, 10, 43)[1]} != chosen
+    chosen = {row.line for row in split(ROWS, 10, 42)[1]}
+    assert {row.line for row in split(shuffled, 10, 42)[1]} == chosen
+    assert {row.line for row in split(ROWS, 10, 43)[1]} != chosen
 
 
 def test_a_split_that_empties_a_side_is_refused() -> None:
     with pytest.raises(DataError, match="cannot be split"):
-        split_rows(ROWS[:1], 1, 42)
+        split(ROWS[:1], 1, 42)
     with pytest.raises(DataError, match="cannot be split"):
-        split_rows([TextRow("same"), TextRow("same")], 1, 42)
+        split([TextRow("same"), TextRow("same")], 1, 42)
 
 
 def test_duplicates_are_counted_by_what_rows_say() -> None:
-    assert count_duplicates(ROWS) == 30
-    assert [row.line for row in without_duplicates(ROWS)] == list(range(70))
+    repeated = repetitions(hash_rows(ROWS))
+    assert [row.line for row, again in zip(ROWS, repeated, strict=True) if not again] == list(range(70))
     assert content_hash(TextRow("a", 1)) == content_hash(TextRow("a", 2))
     assert content_hash(TextRow("a")) != content_hash(PromptRow("a", "a"))
-    assert dataset_fingerprint(ROWS) != dataset_fingerprint(ROWS[::-1])
 
 
 def test_written_rows_read_back_the_same(tmp_path: Path) -> None:
-    rows = [ChatRow((Turn("user", "नम\u2028स्ते\n"), Turn("assistant", '"b"', 1)), 1)]
-    write_jsonl(rows, tmp_path / "new" / "a.jsonl")
-    assert read_rows(tmp_path / "new" / "a.jsonl").rows == tuple(rows)
+    turns = [{"role": "user", "content": "नम\u2028स्ते\n"}, {"role": "assistant", "content": '"b"', "weight": 1}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": turns}]))
+    prepare_files([tmp_path / "a.json"], out=tmp_path / "new" / "a.jsonl")
+    rows = (ChatRow((Turn("user", "नम\u2028स्ते\n"), Turn("assistant", '"b"', 1)), 1),)
+    assert read_rows(tmp_path / "new" / "a.jsonl").rows == rows
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.jsonl"]
 
 

@@ -128,3 +128,17 @@ int nvmlDeviceGetFieldValues(device_t d, int count, field_t *fields) {
     }
     return SUCCESS;
 }
+/* Links: a card at rest tells a lower generation; NVLink N is up where nvlinkN=1; p2p_read is an nvmlGpuP2PStatus_t. */
+int nvmlDeviceGetCurrPcieLinkGeneration(device_t d, unsigned *out) { return unsigned_of("pcie_generation", d, out); }
+int nvmlDeviceGetCurrPcieLinkWidth(device_t d, unsigned *out) { return unsigned_of("pcie_width", d, out); }
+int nvmlDeviceGetMaxPcieLinkGeneration(device_t d, unsigned *out) { return unsigned_of("pcie_most_generation", d, out); }
+int nvmlDeviceGetMaxPcieLinkWidth(device_t d, unsigned *out) { return unsigned_of("pcie_most_width", d, out); }
+int nvmlDeviceGetNvLinkState(device_t d, unsigned link, unsigned *out) {
+    char key[32];
+    snprintf(key, sizeof key, "nvlink%u", link);
+    return unsigned_of(key, d, out);
+}
+int nvmlDeviceGetP2PStatus(device_t d, device_t other, int kind, unsigned *out) {
+    (void)other; (void)kind;
+    return unsigned_of("p2p_read", d, out);
+}

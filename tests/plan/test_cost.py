@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,16 @@ import pytest
 from charkha.errors import UsageError
 from charkha.hardware.catalog import find_gpu
 from charkha.hardware.machine import Machine
-from charkha.plan.cost import RUPEES_PER_DOLLAR, buy_or_rent, cheapest_rental, rentals, run_cost, wall_watts
+from charkha.plan.cost import (
+    RUPEES_PER_DOLLAR,
+    Origin,
+    buy_or_rent,
+    card_price,
+    cheapest_rental,
+    rentals,
+    run_cost,
+    wall_watts,
+)
 
 MACHINE = Machine("office", (find_gpu("RTX 4090"),), None)
 
@@ -50,6 +60,47 @@ def test_a_users_own_prices_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     table.unlink()
     with pytest.raises(UsageError, match="cannot be read"):
         rentals("INR")
+
+
+def test_every_price_of_ours_is_dated_and_says_where_it_is_from() -> None:
+    offers = rentals("USD")
+    prices = [card_price(find_gpu(name), "USD") for name in ("RTX 3060 12GB", "RTX 5090", "H100 80GB", "H200")]
+    origins = [offer.origin for offer in offers] + [price[1] for price in prices if price]
+    assert len(origins) == len(offers) + 4
+    assert all(origin.as_of and "2026-01" <= origin.as_of <= "2026-12" for origin in origins)
+    assert {origin.source for origin in origins} == {"provider", "report", "estimate"}
+    assert all(origin.checked == (origin.source != "estimate") for origin in origins[: len(offers)])
+
+
+def test_a_price_is_told_with_its_age() -> None:
+    today = date(2026, 11, 25)
+    assert Origin("2026-03", "report", True).words(today) == "as of 2026-03, 8 months ago, by a report"
+    assert Origin("2026-11", "estimate", False).words(today) == "as of 2026-11, an estimate, not checked"
+    assert Origin(None, "yours", True).words(today) == "undated"
+    assert Origin("2025-11-30", "provider", True).words(today) == "as of 2025-11-30, 12 months ago, by its own page"
+
+
+def test_a_price_is_checked_in_the_currency_that_a_source_states() -> None:
+    told = [card_price(find_gpu("RTX 5090"), currency) for currency in ("INR", "USD")]
+    assert [price[1].checked for price in told if price] == [True, False]
+
+
+def test_a_users_own_card_prices_are_read_with_or_without_a_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "mine.csv"
+    monkeypatch.setenv("CHARKHA_CARD_PRICES", str(table))
+    table.write_text("gpu,inr,usd\nRTX 4090,190000,1700\n")
+    answer = buy_or_rent(MACHINE, currency="INR", electricity_per_kwh=10, hours_per_day=8)
+    assert answer is not None
+    assert (answer.price, answer.price_origin) == (190000, Origin(None, "yours", True))
+    table.write_text("gpu,inr,usd,as_of,source,checked\nRTX 4090,190000,1700,2026-12,provider,no\n")
+    dated = buy_or_rent(MACHINE, currency="INR", electricity_per_kwh=10, hours_per_day=8)
+    assert dated is not None
+    assert dated.price_origin == Origin("2026-12", "provider", False)
+    table.write_text("gpu,inr,usd,as_of\nRTX 4090,190000,1700,yesterday\n")
+    with pytest.raises(UsageError, match="not a month"):
+        buy_or_rent(MACHINE, currency="INR", electricity_per_kwh=10, hours_per_day=8)
 
 
 def test_no_offer_in_another_currency_is_made_up() -> None:

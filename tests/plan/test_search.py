@@ -65,6 +65,15 @@ def test_whole_copies_are_tried_before_shards() -> None:
     assert {"ddp", "fsdp", "single"} == set(strategies)
 
 
+def test_selective_checkpointing_is_looked_at_only_where_it_was_asked_for() -> None:
+    asked = dataclasses.replace(QLORA, selective=True)
+    kinds = [
+        {(one.gradient_checkpointing, one.selective) for one in variations(settings, machine("RTX 4090"))}
+        for settings in (QLORA, asked)
+    ]
+    assert kinds == [{(False, False), (True, False)}, {(False, False), (True, False), (True, True)}]
+
+
 def test_fallbacks_only_change_how_a_step_is_computed() -> None:
     steps = fallbacks(dataclasses.replace(QLORA, rows=8, gradient_checkpointing=False))
     assert steps == (

@@ -16,7 +16,7 @@ import pytest
 
 from charkha.errors import EnvironmentProblem, TrainingFailed
 from charkha.store.runs import RunFolder
-from charkha.training.fallback import micro_batch_limit
+from charkha.training.fallback import applied_fallbacks, next_fallback
 from charkha.training.supervisor import Patience, supervise
 
 MakeProject = Callable[..., Any]
@@ -113,11 +113,36 @@ def test_a_worker_that_shows_signs_is_left_alone_for_as_long_as_it_takes(run: Ru
     assert watch(run, "for _ in range(12): Control(run.path).beat(); time.sleep(0.2)") == (0, [])
 
 
-def test_out_of_memory_halves_the_micro_batch_down_to_one_row(run: RunFolder) -> None:
-    assert watch(run, "if start < 3: failed('out_of_memory'); sys.exit(3)")[0] == 0
-    assert micro_batch_limit(run) == 1
+CHUNKED, RECOMPUTED = {"training.loss_head": "chunked"}, {"training.gradient_checkpointing": "full"}
+HALVED = [{"training.micro_batch_size": 2}, {"training.micro_batch_size": 1}]
+
+
+def test_out_of_memory_takes_the_fallbacks_of_the_plan_in_order_until_none_is_left(run: RunFolder) -> None:
+    run.write_json(run.path / "plan.json", {"fallbacks": [CHUNKED, RECOMPUTED, *HALVED]})
+    code, said = watch(run, "if start < 4: failed('out_of_memory'); sys.exit(3)")
+    assert code == 0
+    restarts = [event["fallback"] for event in run.events() if event.get("status") == "restarting"]
+    assert restarts == [CHUNKED, RECOMPUTED, HALVED[0]]
+    assert "with training.gradient_checkpointing: full" in said[1]
+    assert applied_fallbacks(run) == CHUNKED | RECOMPUTED | HALVED[0]
+    kept = json.loads((run.path / "fallback.json").read_text())["steps"]
+    assert [step["change"] for step in kept] == restarts
+    assert kept[2]["reason"] == "out of memory at micro_batch_size 4, gradient_checkpointing True, loss_head chunked"
     with pytest.raises(TrainingFailed, match="with one row"):
         watch(run, "failed('out_of_memory'); sys.exit(3)")
+    assert applied_fallbacks(run)["training.micro_batch_size"] == 1
+
+
+def test_fallbacks_that_change_nothing_are_passed_over(run: RunFolder) -> None:
+    run.write_json(run.path / "plan.json", {"fallbacks": [{"training.micro_batch_size": 8}, *HALVED]})
+    assert next_fallback(run) == HALVED[0]
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_it_was(run: RunFolder) -> None:
+    """It has no list, and remembers micro batches alone."""
+    run.write_json(run.path / "fallback.json", {"micro_batch_size": 2, "reason": "out of GPU memory at 4"})
+    assert applied_fallbacks(run) == HALVED[0]
+    assert [next_fallback(run) for _ in range(3)] == [CHUNKED, RECOMPUTED, HALVED[1]]
 
 
 @pytest.mark.parametrize(("status", "code"), [("done", 0), ("paused", 75)])

@@ -106,6 +106,9 @@ def test_proposals_fit_and_name_the_keys_to_change(workshop: Path) -> None:
 
 def test_several_cards_share_the_work(workshop: Path) -> None:
     full = ("--set", "adapter.method=full", "--set", "model.quantization=none")
+    # For auto one card would get states in 8 bits, and eight would get larger micro batches.
+    step = ("optimizer=adamw_torch_fused", "micro_batch_size=2", "gradient_checkpointing=full", "loss_head=chunked")
+    full += tuple(part for value in step for part in ("--set", f"training.{value}"))
     one = plan(workshop, "--gpu", "a100", *full, code=3)
     eight = plan(workshop, *("--gpu", "a100") * 8, *full)
     assert eight["devices"] == 8
@@ -199,7 +202,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, allocated: int, reserved: int) -> li
             peak_moment="backward",
         )
 
-    monkeypatch.setattr("charkha.verbs.planned_trace.trace_memory", trace_memory)
+    monkeypatch.setattr("charkha.training.planned_trace.trace_memory", trace_memory)
     return asked
 
 
@@ -256,6 +259,10 @@ def test_buying_pays_sooner_with_more_hours_a_day(workshop: Path) -> None:
     assert answers[0]["months"] == pytest.approx(4 * answers[1]["months"])
     assert answers[1]["months_if_rent_falls_a_third"] > answers[1]["months"]
     assert answers[1]["currency"] == "INR"
+    assert answers[1]["price_origin"] == {"as_of": "2026-11", "source": "estimate", "checked": False}
+    reasons = plan(workshop, "--gpu", "rtx 4090", "--buy-or-rent")["reasons"]
+    assert any(reason.startswith("price of RTX 4090: as of 2026-11") and "not checked" in reason for reason in reasons)
+    assert any(reason.startswith("offer of RunPod community: as of 2026-03") for reason in reasons)
 
 
 def test_a_person_is_shown_the_verdict_the_terms_and_the_money(workshop: Path) -> None:
@@ -286,6 +293,32 @@ def test_real_rows_are_measured_where_the_tokenizer_is(workshop: Path) -> None:
     )
     assert record["settings"]["tokens"] < 64
     assert not any("no tokenizer" in reason for reason in record["reasons"])
+
+
+def test_the_plan_says_what_packing_saves(workshop: Path) -> None:
+    short, long = '{"text": "a"}\n', '{"text": "' + "some words " * 40 + '"}\n'
+    (workshop / "rows.jsonl").write_text((short * 9 + long) * 40)
+    starter = ("--gpu", "rtx 4090", "--set", "model.base=starter", "--set", "data.eval=null")
+    fixed = (*starter, "--set", "data.max_length=256", "--set", "model.quantization=none")
+    record = plan(workshop, *fixed, "--set", "data.packing=false")
+    (packed,) = (one for one in record["alternatives"] if one["name"] == "packing")
+    assert packed["changes"] == {"data.packing": True}
+    assert packed["seconds"] < record["seconds"]
+    there = plan(workshop, *fixed, "--set", "data.packing=true")
+    assert there["seconds"] == packed["seconds"]
+    assert [one["name"] for one in there["alternatives"]][-1] == "no_packing"
+
+
+def test_hours_are_those_of_the_rows_as_they_are_padded(workshop: Path) -> None:
+    """One long row in ten, grouped by length: far from the time of long rows, and not the mean of both either."""
+    short, long = '{"text": "a"}\n', '{"text": "' + "some words " * 40 + '"}\n'
+    starter = ("--gpu", "rtx 3050", "--set", "model.base=starter", "--set", "data.eval=null")
+    fixed = (*starter, "--set", "model.quantization=none", "--set", "training.micro_batch_size=16")
+    times = {}
+    for name, text in {"long": long * 400, "skewed": (short * 9 + long) * 40}.items():
+        (workshop / "rows.jsonl").write_text(text)
+        times[name] = plan(workshop, *fixed, "--set", "data.packing=false", "--set", "data.max_length=256")["seconds"]
+    assert times["skewed"] < 0.6 * times["long"]
 
 
 def test_the_closed_form_of_70_billion_parameters_takes_under_a_second_and_no_framework(workshop: Path) -> None:

@@ -97,7 +97,12 @@ def test_a_unit_says_to_systemd_what_was_meant_whatever_the_paths_hold(name, tmp
     folder, python = tmp_path / name, str(tmp_path / name / "bin/python")
     config = folder / f"{name}.yaml"
     unit = read_unit(
-        unit_text(config, folder / name, python, {"HF_HOME": str(folder / "hub"), "HF_TOKEN": "hf_secret"})
+        unit_text(
+            config,
+            folder / name,
+            python,
+            {"HF_HOME": str(folder / "hub"), "CHARKHA_CACHE": str(folder / "own"), "HF_TOKEN": "hf_secret"},
+        )
     )
     start = [python, "-m", "charkha"]
     assert python_of(argv_of(unit["ExecStart"][0])) == [*start, "train", str(config)]
@@ -106,7 +111,7 @@ def test_a_unit_says_to_systemd_what_was_meant_whatever_the_paths_hold(name, tmp
     assert python_of(argv_of(unit["ExecStopPost"][0])) == [*start, "service", "after-exit", str(config)]
     assert without("%", unit["WorkingDirectory"][0]).removesuffix("/.") == str(folder)
     settings = [without("%", word) for line in unit["Environment"] for word in words_of(line)]
-    assert settings == ["PYTHONSAFEPATH=1", f"HF_HOME={folder / 'hub'}"]
+    assert settings == ["PYTHONSAFEPATH=1", f"HF_HOME={folder / 'hub'}", f"CHARKHA_CACHE={folder / 'own'}"]
     assert unit["WantedBy"] == ["default.target"]
 
 

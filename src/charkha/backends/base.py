@@ -21,6 +21,9 @@ class Streaming:
     slots: int = 2  # buffers of one layer each that the other layers take turns in
     hot_layers: int = 0  # the first layers stay on the device, as many as fit
     tier: Literal["auto", "ram", "disk"] = "auto"  # where the layers wait; a CPU always reads them from the disk
+    expert_slots: int = 0  # buffers of one expert each; 0: as many as a gigabyte holds, at most a layer's
+    embedding_on_host: bool = False  # only the rows in use go to the device; a tied table stays with its head
+    head_on_host: bool = False  # passes through the device in blocks; a tied embedding is then on the host as well
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,28 @@ class TraceResult:
     operators: int
     seconds: float  # that the trace took; of the first time when it comes from the cache
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProbedStep:
+    """One real optimizer step of a probe: one or two micro batches. Its memory was measured, or it was timed."""
+
+    kind: Literal["first", "later", "median", "worst"]  # first, later: as the run's first step, and its largest after
+    rows: tuple[int, ...]  # of each micro batch
+    longest: tuple[int, ...]  # tokens of the longest row of each
+    tokens: int  # of all its rows, without padding
+    seconds: float  # of the whole step, slowed down by the measuring where memory was measured on a CPU
+    first_seconds: float | None = None  # of a timed one: until the first of two micro batches was done, else the whole
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe of the device found, in the order of its steps. `loading_peak_bytes` is None on a CPU."""
+
+    steps: tuple[ProbedStep, ...]
+    loading_peak_bytes: int | None
 
 
 class Recorder(Protocol):

@@ -22,6 +22,10 @@ def plan(
     method: Annotated[
         str, typer.Option("--method", metavar="trace|closed_form", help="Trace the real step, or answer at once.")
     ] = "trace",
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Correct the plan by a few real steps on this device; loads the base model."),
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Overrides a key; repeatable.")
     ] = None,
@@ -39,11 +43,15 @@ def plan(
     """
 
     def work() -> dict[str, Any]:
+        from charkha.cli.environment import go_offline
         from charkha.errors import UsageError
         from charkha.verbs.planning import PlanWish, make_plan
 
         if method not in ("trace", "closed_form"):
             raise UsageError(f"{method!r} is no method", where="--method", remedy="use trace or closed_form")
+        if probe:
+            go_offline()
+            note("probing: the base model is loaded and some steps are run, which takes as long as it takes")
         return make_plan(
             PlanWish(
                 config=config,
@@ -53,6 +61,7 @@ def plan(
                 buy_or_rent=buy_or_rent,
                 hours_per_day=hours_per_day,
                 write_machine=write_machine,
+                probe=probe,
             )
         )
 
@@ -78,6 +87,8 @@ def _show(result: dict[str, Any]) -> None:
     memory.add_row("disk", format_bytes(result["disk_bytes"]))
     console.print(memory)
     console.print(_run_table(result, format_seconds))
+    if result.get("probe") and result["probe"]["corrected"]:
+        console.print(_probe_table(result["probe"]))
     for alternative in result["alternatives"]:
         note(_alternative(alternative, format_seconds))
     if "buy_or_rent" in result:
@@ -100,6 +111,19 @@ def _run_table(result: dict[str, Any], format_seconds: Any) -> Any:
             rent = f"{cost['rental_equivalent']:.0f} {cost['currency']} ({cost['rental_provider']}, tax included)"
             table.add_row("the same hours rented", rent)
     table.add_row("UPS to save and stop", f"{cost['ups_minutes']:.0f} min, {cost['ups_wh']:.0f} Wh")
+    return table
+
+
+def _probe_table(probe: dict[str, Any]) -> Any:
+    from charkha.units import format_bytes
+
+    table = new_table("measured", ">rows", ">longest row", ">seconds a step", ">live tensors")
+    for name in ("worst", "median"):
+        one = probe[name]
+        peak = "-" if one["peak_allocated_bytes"] is None else format_bytes(one["peak_allocated_bytes"])
+        table.add_row(
+            f"{name}, {one['steps']} steps", str(one["rows"]), str(one["longest_row"]), f"{one['seconds']:.3g}", peak
+        )
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -45,6 +46,9 @@ def train(
             help="Go on with a run under other versions, on another machine, or with other settings.",
         ),
     ] = False,
+    ignore_plan: Annotated[
+        bool, typer.Option("--ignore-plan", help="Begin although the plan says that the run does not fit.")
+    ] = False,
     foreground: Annotated[
         bool,
         typer.Option("--foreground", envvar="CHARKHA_FOREGROUND", help="Train in this very process, not restarted."),
@@ -62,15 +66,32 @@ def train(
     """
     overrides = [*(set_ or []), *_map_override(map_)]
     if not foreground:
-        _supervise(config, overrides, accept_changes, as_json)
+        _supervise(
+            config,
+            overrides,
+            [*_named("--accept-changes", accept_changes), *_named("--ignore-plan", ignore_plan)],
+            as_json,
+        )
     if follow_parent is not None:
         from charkha.training.signals import end_with_parent
 
         end_with_parent(follow_parent)
-    run_command(lambda: _train(config, overrides, accept_changes, follow_parent is not None), _show, as_json)
+    work = partial(
+        _train,
+        config,
+        overrides,
+        accept_changes=accept_changes,
+        keep_wish=follow_parent is not None,
+        ignore_plan=ignore_plan,
+    )
+    run_command(work, _show, as_json)
 
 
-def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json: bool) -> NoReturn:
+def _named(option: str, given: bool) -> list[str]:
+    return [option] if given else []
+
+
+def _supervise(config: Path, overrides: list[str], options: list[str], as_json: bool) -> NoReturn:
     """Leaves with the worker's exit code; what the worker prints is the answer."""
 
     def work() -> dict[str, Any]:
@@ -84,7 +105,7 @@ def _supervise(config: Path, overrides: list[str], accept_changes: bool, as_json
         if run.exists:
             Control(run.path).set_wish("run")  # once: a worker that is started again heeds what was asked meanwhile
         arguments = [part for override in overrides for part in ("--set", override)]
-        arguments += ["--accept-changes"] if accept_changes else []
+        arguments += options
         arguments += ["--json"] if as_json else []
         command = worker_command(config, arguments, debug=is_debugging())
         if not as_json:
@@ -116,7 +137,7 @@ def _map_override(text: str | None) -> list[str]:
     return [f"data.map={json.dumps(parse_mapping(text))}"] if text else []
 
 
-def _train(config: Path, overrides: list[str], accept_changes: bool, keep_wish: bool) -> dict[str, Any]:
+def _train(config: Path, overrides: list[str], **wishes: bool) -> dict[str, Any]:
     from charkha.cli.environment import go_offline
     from charkha.cli.live import LiveLine
     from charkha.config_file import load_config
@@ -127,7 +148,7 @@ def _train(config: Path, overrides: list[str], accept_changes: bool, keep_wish: 
 
     live = LiveLine()
     try:
-        result = train_run(config, overrides, live, accept_changes=accept_changes, keep_wish=keep_wish)
+        result = train_run(config, overrides, live, **wishes)
     finally:
         live.close()
     return asdict(result) | ({"exit_code": Paused.exit_code} if result.status == "paused" else {})

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from charkha.caches import hub_cache
 from charkha.data.readers import SUFFIXES
 from charkha.data.sources import files_of
 from charkha.errors import DataError, EnvironmentProblem, UsageError
@@ -40,12 +40,6 @@ def parse_hub_name(text: str) -> HubName | None:
     if match is None or ".." in (match["inside"] or "").split("/"):
         raise UsageError(f"{text!r} is no name on the hub", remedy="write hub:org/name or hub:org/name/file.jsonl")
     return HubName(match["repo"], match["revision"] or "main", match["inside"])
-
-
-def hub_cache() -> Path:
-    """Where Hugging Face tools keep what they fetch: HF_HUB_CACHE, else HF_HOME/hub."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    return Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
 
 
 def resolve_names(names: Sequence[str], folder: Path) -> list[Path]:

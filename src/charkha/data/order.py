@@ -45,6 +45,26 @@ def plan_epoch(
     return [_micro_batches(rows, lengths, batch_size, micro_batch_size) for rows in steps]
 
 
+def padded_micro_batches(
+    lengths: NDArray[np.int64], *, batch_size: int, micro_batch_size: int, seed: int, fingerprint: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(rows, longest row) of each micro batch of `plan_epoch`'s first epoch, in no order; without a list of each step.
+
+    The rows of a micro batch are padded to its longest.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = permutation(len(lengths), random_bits(seed, 0, fingerprint))
+    full = len(order) - len(order) % batch_size
+    stretches = _cut(order[:full], batch_size * _STEPS_SORTED_TOGETHER)
+    sorted_steps = [-np.sort(-lengths[stretch]).reshape(-1, batch_size) for stretch in stretches]
+    rows, longest = [], []
+    for steps in (*sorted_steps, -np.sort(-lengths[order[full:]])[None]):
+        firsts = np.arange(0, steps.shape[1], micro_batch_size)
+        longest.append(steps[:, firsts].ravel())
+        rows.append(np.tile(np.minimum(micro_batch_size, steps.shape[1] - firsts), len(steps)))
+    return np.concatenate(rows), np.concatenate(longest)
+
+
 def random_bits(seed: int, epoch: int, fingerprint: str) -> np.random.PCG64:
     """PCG64 seeded by a hash: seeds and epochs next to each other give unrelated orders."""
     digest = hashlib.sha256(json.dumps([seed, epoch, fingerprint]).encode("utf-8")).digest()

@@ -12,43 +12,17 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from charkha.data.duplicates import hash_rows
 from charkha.data.formats import ReadFile, ReadOptions, RowTask, open_rows, raise_for_problems
 from charkha.data.indexing import IndexedFile, index_file
 from charkha.data.masking import Action, TreatedFile, Treatment, masked_rows, treatment_report
 from charkha.data.personal_rows import Value, numbered
 from charkha.data.rows import Row, row_as_record
-from charkha.data.splits import SplitKeys, SplitWish, held_out, joined, repetitions
+from charkha.data.splits import SplitWish, held_out, joined, repetitions
 from charkha.data.workers import map_ordered, worker_count
 from charkha.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-def split_rows(rows: Sequence[Row], eval_: str | int | float, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(training rows, held-out rows), each in the order given; see `splits.held_out`."""
-    nothing = np.zeros(len(rows))
-    chosen = held_out(SplitKeys(hash_rows(rows), nothing.astype(np.uint64), nothing), SplitWish(eval_, seed))
-    train = tuple(row for row, out in zip(rows, chosen, strict=True) if not out)
-    return train, tuple(row for row, out in zip(rows, chosen, strict=True) if out)
-
-
-def count_duplicates(rows: Sequence[Row]) -> int:
-    """How many rows say exactly what an earlier row said."""
-    return int(repetitions(hash_rows(rows)).sum()) if rows else 0
-
-
-def without_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows without exact repetitions; the first of each stays."""
-    repeated = repetitions(hash_rows(rows))
-    return tuple(row for row, again in zip(rows, repeated, strict=True) if not again)
-
-
-def write_jsonl(rows: Iterable[Row], path: Path) -> None:
-    """Writes one JSON object a line (`messages`, `prompt` + `completion`, ...): the whole file or nothing."""
-    with _Output(path) as output:
-        output.write(rows)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -165,11 +165,3 @@ def content_hash(row: Row) -> str:
     """sha256 of what the row says, without the line it stood on: equal for exact duplicates."""
     text = json.dumps(row_as_record(row), ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def dataset_fingerprint(rows: Iterable[Row]) -> str:
-    """sha256 over the rows in their order: the same data in another order is another data set."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(content_hash(row).encode("ascii"))
-    return digest.hexdigest()

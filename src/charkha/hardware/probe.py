@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,20 @@ def probe_host() -> HostFacts:
         ram_bytes=psutil.virtual_memory().total,
         python=platform.python_version(),
     )
+
+
+def machine_identity(places: Sequence[Path] = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))) -> str:
+    """A hash that is this machine's and says nothing about it; machines without an id are one where they are alike."""
+    host = probe_host()
+    own = next((path.read_text(errors="replace").strip() for path in places if path.is_file()), "")
+    told = f"{own} {host.processor} {host.physical_cores} {host.ram_bytes >> 30}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def cpu_threads() -> int:
+    """How many threads torch computes with on the CPU: OMP_NUM_THREADS, else one a core."""
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wished) if wished.isdigit() and int(wished) else probe_host().physical_cores
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -59,6 +59,27 @@ class GpuLimits:
     power_maximum_w: float | None
 
 
+_READ_PEER = 0  # NVML_P2P_CAPS_INDEX_READ, which pynvml 13 has as a tuple
+_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}  # after line coding
+
+
+@dataclass(frozen=True)
+class PcieLink:
+    """A card's link to the host, now and at most (of the card in its slot). A card at rest slows its link down."""
+
+    generation: int | None = None
+    width: int | None = None
+    most_generation: int | None = None
+    most_width: int | None = None
+    nvlinks: int = 0  # to other cards, that are up
+
+    @property
+    def most_bytes_per_s(self) -> float | None:
+        """What its lanes could carry one way; None where the card does not tell."""
+        lane = _LANE_BYTES_PER_S.get(self.most_generation or 0)
+        return lane * self.most_width if lane and self.most_width else None
+
+
 class NotPermitted(Exception):
     """The driver lets only root change this."""
 
@@ -112,6 +133,13 @@ class Nvml:
         except self._nvml.NVMLError:
             return None
 
+    def free_bytes(self, index: int) -> int | None:
+        """Memory of GPU `index` that no program holds now; None where the driver does not say."""
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle(index)).free)
+        except self._nvml.NVMLError:
+            return None
+
     def limits(self, index: int) -> GpuLimits:
         """What GPU `index` says of its temperatures and its power."""
         nvml, handle = self._nvml, self._handle(index)
@@ -134,6 +162,33 @@ class Nvml:
             power_minimum_w=_thousandth(power[0]),
             power_maximum_w=_thousandth(power[1]),
         )
+
+    def link(self, index: int) -> PcieLink:
+        """How GPU `index` is connected."""
+        nvml, handle = self._nvml, self._handle(index)
+
+        def ask(call: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return call(handle, *arguments)
+            except nvml.NVMLError:
+                return None
+
+        return PcieLink(
+            generation=ask(nvml.nvmlDeviceGetCurrPcieLinkGeneration),
+            width=ask(nvml.nvmlDeviceGetCurrPcieLinkWidth),
+            most_generation=ask(nvml.nvmlDeviceGetMaxPcieLinkGeneration),
+            most_width=ask(nvml.nvmlDeviceGetMaxPcieLinkWidth),
+            nvlinks=sum(bool(ask(nvml.nvmlDeviceGetNvLinkState, place)) for place in range(nvml.NVML_NVLINK_MAX_LINKS)),
+        )
+
+    def reads_peer(self, index: int, other: int) -> bool | None:
+        """Whether GPU `index` may read the memory of `other` itself; None where the driver does not say."""
+        nvml = self._nvml
+        try:
+            status = nvml.nvmlDeviceGetP2PStatus(self._handle(index), self._handle(other), _READ_PEER)
+        except nvml.NVMLError:
+            return None
+        return bool(status == nvml.NVML_P2P_STATUS_OK)
 
     def set_power_limit(self, index: int, watts: float) -> None:
         """Raises NotPermitted where only root may, ValueError where the card refuses the number."""

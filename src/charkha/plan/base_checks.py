@@ -84,6 +84,16 @@ def _quantization_method(config: Mapping[str, Any]) -> str | None:
     return str(method or "an unknown method").lower().removeprefix("quantizationmethod.")
 
 
+def stored_quantization(config: Mapping[str, Any]) -> str | None:
+    """nf4, fp4 or int8 where the base's files are stored so by bitsandbytes; None for whole weights."""
+    settings = config.get("quantization_config")
+    if not settings or _quantization_method(config) != "bitsandbytes":
+        return None
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return str(settings.get("bnb_4bit_quant_type", "fp4"))
+
+
 def _check_senses(config: Mapping[str, Any], where: str) -> None:
     for key, sense in _SENSES.items():
         if config.get(key):

@@ -8,18 +8,43 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from charkha.errors import UsageError
 from charkha.hardware.catalog import Gpu, UnknownGpu, find_gpu
 from charkha.hardware.machine import BASE_POWER_W, SUPPLY_EFFICIENCY, Machine
 
-AS_OF = "2026-11"
-RUPEES_PER_DOLLAR = 88.0
+RUPEES_PER_DOLLAR = 93.0  # 2026-11; what Indian offers in both currencies imply
 _TRAINING_LOAD = 0.92  # of a card's power limit, while it trains
 _UPS_SAVING_SECONDS = 120.0  # to see the mains fail, finish a step, save and stop
 _HOURS_PER_MONTH_DAY = 30.4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a price is from. `as_of` is a month (YYYY-MM), None for a table that does not say."""
+
+    as_of: str | None
+    source: str  # provider | report | estimate | yours
+    checked: bool  # whether a page that states it was read
+
+    def words(self, today: date) -> str:
+        """`2026-03, 8 months ago, an estimate that nobody checked`."""
+        told = {"provider": "by its own page", "report": "by a report", "estimate": "an estimate"}.get(self.source, "")
+        age = _months_since(self.as_of, today)
+        when = "undated" if self.as_of is None else f"as of {self.as_of}"
+        old = f"{age} month{'s' * (age != 1)} ago" if age else ""
+        return ", ".join(part for part in (when, old, told, "" if self.checked else "not checked") if part)
+
+
+def _months_since(as_of: str | None, today: date) -> int:
+    if as_of is None:
+        return 0
+    year, month = (int(part) for part in as_of.split("-")[:2])
+    return max(0, 12 * (today.year - year) + today.month - month)
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,7 @@ class Rental:
     gpu: str
     per_hour: float
     currency: str
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,7 @@ class Cost:
     electricity: float
     rental_equivalent: float | None  # the cheapest offer of the same card; None where nobody offers it
     rental_provider: str | None
+    rental_origin: Origin | None
     ups_minutes: float
     ups_wh: float
 
@@ -67,6 +94,7 @@ def run_cost(machine: Machine, seconds: float, *, currency: str, electricity_per
         electricity=energy * electricity_per_kwh,
         rental_equivalent=rent,
         rental_provider=offer.provider if offer else None,
+        rental_origin=offer.origin if offer else None,
         ups_minutes=_UPS_SAVING_SECONDS / 60,
         ups_wh=watts * _UPS_SAVING_SECONDS / 3600,
     )
@@ -79,7 +107,9 @@ def rentals(currency: str) -> tuple[Rental, ...]:
         with_tax = float(row["per_hour"]) * (1 + float(row["tax"]))
         price = _converted(with_tax, row["currency"], currency)
         shown = currency if price is not None else row["currency"]
-        offers.append(Rental(row["provider"], row["kind"], row["gpu"], with_tax if price is None else price, shown))
+        price = with_tax if price is None else price
+        origin = _origin(row, "CHARKHA_RENTALS", ("yes",))
+        offers.append(Rental(row["provider"], row["kind"], row["gpu"], price, shown, origin))
     return tuple(offers)
 
 
@@ -104,6 +134,8 @@ class BuyOrRent:
     months_if_rent_falls_a_third: float | None
     months_with_half_the_hours: float | None
     loss_of_value_per_month: tuple[float, float]  # over 18 and over 12 months, to a third of the price
+    price_origin: Origin
+    rental_origin: Origin
 
 
 def buy_or_rent(
@@ -119,9 +151,10 @@ def buy_or_rent(
         )
     gpu = machine.gpu
     offer = cheapest_rental(gpu, currency) if gpu else None
-    price = card_price(gpu, currency) if gpu else None
-    if gpu is None or offer is None or price is None:
+    bought = card_price(gpu, currency) if gpu else None
+    if gpu is None or offer is None or bought is None:
         return None
+    price, price_origin = bought
     power = wall_watts(machine) / len(machine.gpus) / 1000 * electricity_per_kwh
 
     def months(rent: float, hours: float) -> float | None:
@@ -140,15 +173,28 @@ def buy_or_rent(
         months_if_rent_falls_a_third=months(offer.per_hour * 2 / 3, hours_per_day),
         months_with_half_the_hours=months(offer.per_hour, hours_per_day / 2),
         loss_of_value_per_month=(price * 2 / 3 / 18, price * 2 / 3 / 12),
+        price_origin=price_origin,
+        rental_origin=offer.origin,
     )
 
 
-def card_price(gpu: Gpu, currency: str) -> float | None:
-    """What one new card costs: in India with GST for INR, the list price for USD."""
+def card_price(gpu: Gpu, currency: str) -> tuple[float, Origin] | None:
+    """What one new card costs, and where that is from: in India with GST for INR, the list price for USD."""
     for row in _table("CHARKHA_CARD_PRICES", "card_prices.csv", ("gpu", "inr", "usd")):
         if _same_card(row["gpu"], gpu) and currency in ("INR", "USD"):
-            return float(row[currency.lower()])
+            return float(row[currency.lower()]), _origin(row, "CHARKHA_CARD_PRICES", (currency.lower(), "both", "yes"))
     return None
+
+
+def _origin(row: dict[str, str], variable: str, checked: tuple[str, ...]) -> Origin:
+    """In a table of the user's own that does not say it, the user is. Raises UsageError for a month that is none."""
+    as_of = row.get("as_of") or None
+    if as_of is not None and re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])(-\d\d)?", as_of) is None:
+        raise UsageError(
+            f"as_of is {as_of!r}, not a month", where=os.environ.get(variable), remedy="write it as 2026-11"
+        )
+    own = variable in os.environ and not row.get("checked")
+    return Origin(as_of, row.get("source") or "yours", own or row.get("checked") in checked)
 
 
 def _converted(amount: float, offered: str, wanted: str) -> float | None:

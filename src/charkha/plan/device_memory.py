@@ -30,6 +30,7 @@ _USUAL_HOLES, _USUAL_HOLES_RECOMPUTED = 0.06, 0.13  # by simulating the allocato
 # published runs over two model widths, three depths and five caps about two outgrown sets lie beside the one in use.
 _OUTGROWN_SETS = 2.0
 _PYTHON_BYTES = 3 * _GIB  # interpreter, torch and its libraries with CUDA, tokens of a batch
+_PYTHON_CPU_BYTES = 3 * _GIB // 4  # without CUDA: resident memory beside tensors, measured 570 to 750 MiB
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
     Where training itself is on the CPU, tensors are host memory and are added by the caller.
     """
     trained = trainable_parameters(architecture, settings)
-    total = settings.processes * (_PYTHON_BYTES + 12 * dataset_tokens // max(1, settings.processes))
+    program = _PYTHON_CPU_BYTES if settings.device == "cpu" else _PYTHON_BYTES
+    total = settings.processes * (program + 12 * dataset_tokens // max(1, settings.processes))
     if "parameters" in settings.offload and not settings.is_full:
         total += base_weight_bytes(architecture, settings)
     if {"parameters", "optimizer"} & settings.offload:

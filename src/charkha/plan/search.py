@@ -6,6 +6,7 @@ of the base, micro batch, checkpointing, loss head, optimizer, resident or strea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.device_memory import DeviceMemory, device_memory, host_memory_bytes
 from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.pace import epoch_seconds
+from charkha.plan.rows import Rows
 from charkha.plan.speed import StepTime, step_time
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
@@ -32,8 +35,9 @@ class Candidate:
     preview: MemoryPreview
     memory: DeviceMemory
     time: StepTime
-    limit_bytes: int
+    limit_bytes: int | None  # None: not known
     fits: bool
+    host_fits: bool = True  # of that, the host's memory
 
     @property
     def tokens_per_second(self) -> float:
@@ -55,34 +59,51 @@ class Proposal:
 
 def evaluate(architecture: Architecture, settings: MemorySettings, machine: Machine) -> Candidate:
     """What these settings need and reach there."""
-    limit = limit_of(machine)
+    limit = limit_of(architecture, settings, machine)
     preview = preview_memory(architecture, settings)
     memory = device_memory(preview, settings, limit)
     time = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops)
     host = host_memory_bytes(architecture, settings, 0) if machine.ram_bytes and machine.gpu else 0
-    fits = memory.least <= limit and host <= (machine.ram_bytes or host)
-    return Candidate(settings, preview, memory, time, limit, fits)
+    host_fits = host <= (machine.ram_bytes or host)
+    fits = (limit is None or memory.least <= limit) and host_fits
+    return Candidate(settings, preview, memory, time, limit, fits, host_fits)
 
 
-def limit_of(machine: Machine) -> int:
-    """Bytes that one device of the machine has for training; without a card its memory, or 0 where that is unknown."""
-    if machine.gpu is not None:
-        return machine.gpu.memory_bytes
-    return machine.ram_bytes or 0
+def limit_of(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int | None:
+    """Bytes that one device has for training now; None where that is not known.
+
+    On a CPU what the programs themselves need is taken off, and processes share the rest.
+    """
+    limit = machine.limit_bytes
+    if machine.gpus or limit is None:
+        return limit
+    return max(1, (limit - host_memory_bytes(architecture, settings, 0)) // settings.processes)
 
 
-def propose(architecture: Architecture, settings: MemorySettings, machine: Machine) -> tuple[Proposal, ...]:
-    """Fastest, safest and longest-context settings that fit; none where nothing does."""
-    candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine)]
+def propose(
+    architecture: Architecture, settings: MemorySettings, machine: Machine, rows: Rows | None = None
+) -> tuple[Proposal, ...]:
+    """Fastest, safest and longest-context settings that fit; none where nothing does.
+
+    With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
+    """
+    candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine, rows)]
     fitting = [candidate for candidate in candidates if candidate.fits]
     # A streamed base costs time and host memory: it is proposed where nothing else fits, or where it was asked for.
     if not settings.streamed and any(not candidate.settings.streamed for candidate in fitting):
         fitting = [candidate for candidate in fitting if not candidate.settings.streamed]
     if not fitting:
         return ()
-    fastest = max(fitting, key=lambda candidate: candidate.tokens_per_second)
-    roomy = [one for one in fitting if one.memory.least <= (1 - _HEADROOM) * one.limit_bytes]
-    safest = max(roomy, key=lambda one: one.tokens_per_second, default=min(fitting, key=lambda one: one.memory.least))
+    batch = settings.rows * settings.accumulation_steps * settings.processes
+
+    def pace(candidate: Candidate) -> float:
+        if rows is None or candidate.settings.tokens != rows.longest:
+            return candidate.tokens_per_second
+        return 1 / epoch_seconds(architecture, candidate.settings, machine, rows, batch)
+
+    fastest = max(fitting, key=pace)
+    roomy = [one for one in fitting if one.memory.least <= (1 - _HEADROOM) * (one.limit_bytes or math.inf)]
+    safest = max(roomy, key=pace, default=min(fitting, key=lambda one: one.memory.least))
     longest = _longest(architecture, fitting, machine)
     return (
         _proposal("fastest", fastest, settings, "the most tokens per second of all settings tried that fit"),
@@ -92,11 +113,11 @@ def propose(architecture: Architecture, settings: MemorySettings, machine: Machi
 
 
 def _safe_reason(candidate: Candidate) -> str:
-    free = 1 - candidate.memory.least / candidate.limit_bytes
-    return f"the fastest that leaves {free:.0%} of the card free for longer rows and other programs"
+    free = 1 - candidate.memory.least / (candidate.limit_bytes or math.inf)
+    return f"the fastest that leaves {free:.0%} of the memory free for longer rows and other programs"
 
 
-def variations(settings: MemorySettings, machine: Machine) -> Iterator[MemorySettings]:
+def variations(settings: MemorySettings, machine: Machine, known: Rows | None = None) -> Iterator[MemorySettings]:
     """Settings to try, all of the same batch, length and method."""
     batch = settings.rows * settings.accumulation_steps * settings.processes
     for strategy, processes in _strategies(settings, machine):
@@ -107,7 +128,9 @@ def variations(settings: MemorySettings, machine: Machine) -> Iterator[MemorySet
                 processes=processes,
                 rows=rows,
                 accumulation_steps=max(1, batch // (rows * processes)),
-                trained_positions=None,
+                trained_positions=known.trained_positions.get(rows)
+                if known and settings.loss_kernel == "own"
+                else None,
             )
             yield from _of_one_shape(shared, machine)
 
@@ -115,14 +138,16 @@ def variations(settings: MemorySettings, machine: Machine) -> Iterator[MemorySet
 def _of_one_shape(settings: MemorySettings, machine: Machine) -> Iterable[MemorySettings]:
     storages = ["none"] if settings.is_full else [settings.quantization, "none", "nf4"]
     optimizers = [settings.optimizer, "paged_adamw_8bit"] if settings.is_full and machine.gpu else [settings.optimizer]
+    # Selective checkpointing is planned for and not trained in this version: looked at only where it was asked for.
+    kinds = [(False, False), (True, False), *([(True, True)] if settings.selective else [])]
     for storage in dict.fromkeys(storages):
-        for checkpointing in (False, True):
+        for checkpointing, selective in kinds:
             for head in ("full", "chunked"):
                 for optimizer in dict.fromkeys(optimizers):
                     changed: dict[str, Any] = {
                         "quantization": storage,
                         "gradient_checkpointing": checkpointing,
-                        "selective": False,
+                        "selective": selective,
                         "loss_head": head,
                         "optimizer": optimizer,
                         "upcast_unquantized": settings.upcast_unquantized and storage != "none",
@@ -142,6 +167,18 @@ def _strategies(settings: MemorySettings, machine: Machine) -> list[tuple[Any, i
 def _micro_batches(per_device: int) -> list[int]:
     sizes = [size for size in range(1, min(max(1, per_device), _MOST_ROWS) + 1) if per_device % size == 0]
     return sizes if len(sizes) <= 6 else [*sizes[:5], sizes[-1]]
+
+
+def longest_that_fits(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int | None:
+    """Tokens of the longest row with which these settings fit, at most as many as they have; None where none does."""
+    low, high = 0, settings.tokens
+    while high - low > max(8, low // 50):
+        middle = (low + high) // 2
+        if evaluate(architecture, replace(settings, tokens=middle, trained_positions=None), machine).fits:
+            low = middle
+        else:
+            high = middle
+    return low - low % 8 or None
 
 
 def _longest(architecture: Architecture, fitting: list[Candidate], machine: Machine) -> Candidate:
@@ -179,7 +216,8 @@ def _proposal(name: str, candidate: Candidate, asked: MemorySettings, reason: st
         key: getattr(found, field) for field, key in _KEYS.items() if getattr(found, field) != getattr(asked, field)
     }
     if (found.gradient_checkpointing, found.selective) != (asked.gradient_checkpointing, asked.selective):
-        changes["training.gradient_checkpointing"] = "full" if found.gradient_checkpointing else "none"
+        kind = "selective" if found.selective else "full" if found.gradient_checkpointing else "none"
+        changes["training.gradient_checkpointing"] = kind
     if found.streamed != asked.streamed:
         changes["model.placement"] = "streamed" if found.streamed else "resident"
     return Proposal(name, changes, candidate, reason)
@@ -187,12 +225,18 @@ def _proposal(name: str, candidate: Candidate, asked: MemorySettings, reason: st
 
 def fallbacks(settings: MemorySettings) -> tuple[dict[str, Any], ...]:
     """Changes to make one after another when memory runs out all the same; none changes what is learned."""
+    no_chunks = settings.loss_kernel != "own"
+    head = "chunked" if no_chunks else settings.loss_head
+    return fallback_steps(head, settings.gradient_checkpointing, settings.rows)
+
+
+def fallback_steps(loss_head: str, recomputes: bool, rows: int) -> tuple[dict[str, Any], ...]:
+    """The same of a step whose memory is not counted."""
     steps: list[dict[str, Any]] = []
-    if settings.loss_head == "full":
+    if loss_head == "full":
         steps.append({"training.loss_head": "chunked"})
-    if not settings.gradient_checkpointing:
+    if not recomputes:
         steps.append({"training.gradient_checkpointing": "full"})
-    rows = settings.rows
     while rows > 1:
         rows //= 2
         steps.append({"training.micro_batch_size": rows})

@@ -21,6 +21,7 @@ from charkha.plan.weights import (
     trainable_parameters,
 )
 
+_CODES_BYTES = FULL_BYTES * (16 + 256)  # of the 4-bit codes and of those of double quantization, for one matrix
 _LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters and max_reuse_distance
 
 
@@ -81,10 +82,16 @@ def _base(architecture: Architecture, settings: MemorySettings) -> int:
 
 
 def _streamed(architecture: Architecture, settings: MemorySettings, whole: int) -> int:
-    """Two slots that cold layers take turns in, layers that stay, and all that is in no layer."""
-    layer = layer_weight_bytes(architecture, settings)
+    """Two slots that cold layers take turns in, layers that stay, and all that is no matrix of a layer.
+
+    What moves is a layer's matrices; the codes of 4 bits, which every matrix else has, are one pair for all layers.
+    """
+    codes, constants = quantized_layer_bytes(architecture, settings)
+    layer = codes + constants or settings.base_bytes * architecture.linear_weights
+    matrices = len(architecture.linears) + (3 * architecture.experts.count if architecture.experts else 0)
+    shared = _CODES_BYTES * matrices if settings.quantization in ("nf4", "fp4") else 0
     held = min(architecture.layers, 2 + settings.streamed_resident_layers)
-    return whole - (architecture.layers - held) * layer
+    return whole - architecture.layers * layer + held * (layer - shared)
 
 
 def _states(trained: int, settings: MemorySettings, optimizer: OptimizerMemory) -> int:

@@ -128,6 +128,13 @@ def append(path: Path, data: Bytes) -> None:
         _disk.write(file, data)
 
 
+def overwrite(path: Path, offset: int, data: Bytes) -> None:
+    """Puts `data` in the place of the file's bytes from `offset` on, given to the system as `append` does."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        _disk.write(file, data)
+
+
 def cut_file(path: Path, size: int) -> None:
     """Drops what stands in a file beyond its first `size` bytes; an empty file where there was none."""
     if not path.exists():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from charkha.caches import hub_cache
 from charkha.config import ModelSection
 from charkha.errors import EnvironmentProblem
 from charkha.starter.paths import model_folder
@@ -33,9 +33,7 @@ def find_base(model: ModelSection, config_folder: Path) -> Path:
 
 def _in_hub_cache(repo_id: str, revision: str, local: Path) -> Path:
     """The snapshot that `charkha fetch` (or any Hugging Face tool) put into the cache."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    repo = cache / f"models--{repo_id.replace('/', '--')}"
+    repo = hub_cache() / f"models--{repo_id.replace('/', '--')}"
     reference = repo / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
     snapshot = repo / "snapshots" / commit

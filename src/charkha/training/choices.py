@@ -1,4 +1,8 @@
-"""What every `auto` becomes on this machine, each with its reason. Until a planner exists these are fixed rules."""
+"""What every `auto` becomes on this machine, each with its reason: the rules that ask neither rows nor memory.
+
+Micro batch, checkpointing, loss head and optimizer come from plan/autos.py; their rules here are the fixed values for a
+base that the planner does not cover.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,7 @@ class DeviceFacts:
     compute_capability: tuple[int, int] | None
     native_bf16: bool = False  # of a CPU: has instructions for it, where others emulate it slowly
     count: int = 1
+    here: bool = True  # whether it is this very computer, whose packages can be looked for
 
 
 class Chooser:
@@ -93,6 +98,8 @@ class Chooser:
             )
         if asked != "auto":
             return asked
+        if missing is None and not self._facts.here:
+            missing = "whether the package flash-attn is installed there is not known"
         if missing is None:
             return self._choose("model.attention", "flash_attention_2", "package and GPU allow it")
         if "sdpa" not in kernels:
@@ -125,7 +132,7 @@ class Chooser:
             return f"{self._facts.name} is older than Ampere"
         if dtype == "fp32":
             return "FlashAttention 2 has no fp32 kernels"
-        if importlib.util.find_spec("flash_attn") is None:
+        if self._facts.here and importlib.util.find_spec("flash_attn") is None:
             return "the package flash-attn is not installed"
         return None
 
@@ -224,16 +231,21 @@ class Chooser:
             )
         return self._choose("training.loss_head", "full", "the logits of a micro batch are small")
 
-    def optimizer(self) -> str:
+    def has_bitsandbytes(self) -> bool:
+        """Whether its optimizers can be used; of a machine that is only described, it is taken for granted."""
+        return not self._facts.here or importlib.util.find_spec("bitsandbytes") is not None
+
+    def optimizer(self, picked: str | None = None) -> str:
+        """`picked` is what a plan has decided, and told, where the config says auto."""
         asked = self._config.training.optimizer
-        if asked in BITSANDBYTES_OPTIMIZERS and importlib.util.find_spec("bitsandbytes") is None:
+        if asked in BITSANDBYTES_OPTIMIZERS and not self.has_bitsandbytes():
             raise EnvironmentProblem(
                 f"{asked} needs bitsandbytes, which is not installed",
                 where="training.optimizer",
                 remedy="pip install 'bitsandbytes>=0.50.2', or use adamw_torch_fused",
             )
-        if asked != "auto":
-            return asked
+        if asked != "auto" or picked is not None:
+            return picked or asked
         return self._choose("training.optimizer", "adamw_torch_fused", "AdamW in 32 bits, one fused kernel")
 
     def simple_defaults(self) -> None:
@@ -254,30 +266,38 @@ class Chooser:
             return self._choose("training.eval_every", steps_per_epoch, "steps: once an epoch, and at the end")
         return asked if isinstance(asked, int) else max(1, round(asked * steps_per_epoch))
 
+    def take(self, key: str, value: str | int, reason: str) -> None:
+        """Records what was decided elsewhere for a key that is `auto`."""
+        self.choices.append(Choice(key, value, reason))
+
     def _choose(self, key: str, value: Value, reason: str) -> Value:
         self.choices.append(Choice(key, value, reason))
         return value
 
 
+@dataclass(frozen=True)
+class StepMemory:
+    """How one step is carried out; none of it but the optimizer changes what is learned."""
+
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    loss_head: str  # full | chunked
+    optimizer: str
+
+
 def step_plan(
     config: Config,
-    chooser: Chooser,
+    memory: StepMemory,
     *,
     rows: int,
-    longest_row: int,
-    parameters: int,
-    vocabulary: int,
-    has_eval: bool,
+    eval_steps: int | None,
     packing: Packing | None = None,
-    processes: int = 1,
 ) -> StepPlan:
-    """The optimizer's path for `rows` training rows; with `packing` both counts are those of packed rows."""
+    """The optimizer's path for `rows` training rows; with `packing` that many packed ones."""
     training = config.training
-    steps_per_epoch = math.ceil(rows / training.batch_size)
+    steps_per_epoch = steps_of_an_epoch(config, rows)
     total = training.max_steps or max(1, round(training.epochs * steps_per_epoch))
     interval = config.checkpoint.interval()
-    chooser.simple_defaults()
-    micro_batch_size = chooser.micro_batch_size(longest_row, packed=packing is not None, processes=processes)
     return StepPlan(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
@@ -287,18 +307,23 @@ def step_plan(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         batch_size=training.batch_size,
-        micro_batch_size=micro_batch_size,
-        gradient_checkpointing=chooser.gradient_checkpointing(longest_row, parameters),
-        loss_head=chooser.loss_head(micro_batch_size, longest_row, vocabulary),
-        optimizer=chooser.optimizer(),
+        micro_batch_size=memory.micro_batch_size,
+        gradient_checkpointing=memory.gradient_checkpointing,
+        loss_head=memory.loss_head,
+        optimizer=memory.optimizer,
         seed=training.seed,
-        eval_steps=chooser.eval_steps(steps_per_epoch, has_eval),
+        eval_steps=eval_steps,
         checkpoint_seconds=interval.seconds,
         checkpoint_steps=interval.steps,
         checkpoints_kept=config.checkpoint.keep,
         trainer=dict(config.trainer),
         packing=packing,
     )
+
+
+def steps_of_an_epoch(config: Config, rows: int) -> int:
+    """Optimizer steps that `rows` rows make; the last may be short."""
+    return math.ceil(rows / config.training.batch_size)
 
 
 def adapter_spec(config: Config) -> AdapterSpec:

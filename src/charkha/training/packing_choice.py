@@ -13,6 +13,7 @@ from charkha.data.packing import pack
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.plan.packing_support import BY_MASK, KEEP_APART, LEAK
 from charkha.training.choices import Choice, Chooser
+from charkha.training.planned_settings import ModelChoices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,12 +26,10 @@ def choose_packing(
     config: Config,
     chooser: Chooser,
     lengths: NDArray[np.int64],
-    *,
     row_tokens: int,
-    model_type: str,
+    model: ModelChoices,
     device: str,
-    attention: str,
-    proved_leak: str | None,
+    proved_leak: str | None = None,
 ) -> Packing | None:
     """The packed rows of this run; None for one document a row. `auto` is recorded with its reason.
 
@@ -40,13 +39,13 @@ def choose_packing(
     asked = config.data.packing
     if asked is False:
         return None
-    obstacle = proved_leak or _obstacle(config, model_type)
+    obstacle = proved_leak or _obstacle(config, model.model_type)
     if asked is True:
         if obstacle:
             problem = ConfigProblem("data.packing", f"true cannot be used here: {obstacle}", remedy="use false")
             raise ConfigError("config", [problem])
         return _packed(lengths, row_tokens)
-    against = obstacle or _not_worth_it(model_type, device, attention)
+    against = obstacle or _not_worth_it(model.model_type, device, model.attention)
     packing = None if against else _packed(lengths, row_tokens)
     if packing is not None:
         against = _too_few_steps(config, packing)
@@ -56,6 +55,13 @@ def choose_packing(
         return packing
     chooser.choices.append(Choice("data.packing", False, f"rows are grouped by length instead: {against}"))
     return None
+
+
+def packing_option(config: Config, lengths: NDArray[np.int64], row_tokens: int, model: ModelChoices) -> Packing | None:
+    """The packed rows that there would be; None where documents would see each other, or that was never measured."""
+    if _obstacle(config, model.model_type) or model.model_type not in KEEP_APART:
+        return None
+    return _packed(lengths, row_tokens)
 
 
 def packing_note(packing: Packing, batch_size: int) -> str:

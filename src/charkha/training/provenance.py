@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from charkha.backends.torch.packed import is_part_of_packed, packed_weights
 from charkha.backends.torch.tensor_files import tensors_of_folder
-from charkha.plan.base_checks import check_base_config
+from charkha.plan.base_checks import check_base_config, stored_quantization
 
 _PACKAGES = (
     "charkha", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers",
@@ -58,14 +57,5 @@ def base_facts(folder: Path) -> BaseFacts:
         parameters=parameters,
         positions=text.get("max_position_embeddings"),
         vocabulary=int(text.get("vocab_size") or 0),
-        stored_quantization=_stored_quantization(config, folder),
+        stored_quantization=stored_quantization(config),
     )
-
-
-def _stored_quantization(config: dict[str, Any], folder: Path) -> str | None:
-    settings = config.get("quantization_config")
-    if not settings:
-        return None
-    if settings.get("load_in_8bit"):
-        return "int8"
-    return str(settings.get("bnb_4bit_quant_type", "fp4"))

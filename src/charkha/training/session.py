@@ -37,13 +37,16 @@ from charkha.training.continuing import (
 from charkha.training.guarding import RunGuard
 from charkha.training.launch import RankWork, other_ranks
 from charkha.training.opening import Observer, Session, open_session, with_frozen_choices
+from charkha.training.remembering import remember_run
 from charkha.training.results import TrainResult, energy_kwh_of, result_of
 from charkha.training.signals import StopFlag, stop_on_signals
 from charkha.training.steering import RunSteering
 
+PLAN = "plan.json"
 FINAL = "final"  # under staging/
 PERSONAL_REPORT = "personal_data.md"  # in the run's data folder, where anything was found
 _TELL_S = 5.0
+_STATE_KEYS = frozenset({"training.optimizer"})  # another one could not use the state that was saved
 
 
 def train(
@@ -53,11 +56,13 @@ def train(
     *,
     accept_changes: bool = False,
     keep_wish: bool = False,
+    ignore_plan: bool = False,
 ) -> TrainResult:
     """Trains, or goes on with, the run that the config describes. `observe` gets every event as it is recorded.
 
     `accept_changes` goes on under other library versions, another machine, or settings that the saved state fits.
     `keep_wish` leaves a pause or stop standing that was asked for while nothing trained: a restart must not forget it.
+    `ignore_plan` begins a run that its plan says does not fit.
     Raises the errors of errors.py; a stop asked for by a signal is a result with status `paused`, not an error.
     """
     loaded, observe = load_config(config_path, overrides), _told_if_anyone_listens(observe)
@@ -65,10 +70,10 @@ def train(
     with run.lock():
         if not keep_wish:
             Control(run.path).set_wish("run")  # whoever starts the run wants it to go on
-        if run.exists and not accept_changes:
-            loaded = with_frozen_choices(loaded, run)
+        if run.exists:
+            loaded = with_frozen_choices(loaded, run, only=_STATE_KEYS if accept_changes else None)
         there = _data_files(run) if run.exists else None
-        session = open_session(loaded, run, observe)
+        session = open_session(loaded, run, observe, ignore_plan=ignore_plan)
         try:
             return _train_locked(session, observe, accept_changes)
         except RunOfAnotherConfig:
@@ -80,7 +85,7 @@ def train(
                 raise
             leak = error.message  # the text alone: the error holds the loaded model
         run.config_path.unlink()  # nothing was trained: the folder holds no run until it is planned again
-        session = open_session(loaded, run, observe, proved_leak=leak)
+        session = open_session(loaded, run, observe, proved_leak=leak, ignore_plan=ignore_plan)
         return _train_locked(session, observe, accept_changes)
 
 
@@ -118,6 +123,7 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
     elif accepted:
         step = checkpoint.step if checkpoint else 0
         run.write_json(run.manifest_path, accepted_record(run.read_manifest(), accepted, step, session))
+        run.write_json(run.path / PLAN, session.memory.record)
         durable.write_durably(run.config_path, dump_config(session.resolved).encode())
 
     trackers = open_trackers(require_trackers(session.resolved.report_to), run.path, session.resolved)
@@ -162,6 +168,9 @@ def _train_locked(session: Session, observe: Observer, accept_changes: bool) -> 
         trackers.close()
     if outcome.status == "done":
         _finish(session, store.staging / FINAL, outcome)
+        problem = remember_run(session, run.events(), outcome.peak_memory_bytes)
+        if problem:
+            record("note", text=problem)
     reason = {"reason": steering.stop_reason} if outcome.status == "paused" and steering.stop_reason else {}
     record("status", status=outcome.status, step=outcome.step, **reason)
     return result_of(
@@ -274,7 +283,7 @@ def _write_records(session: Session) -> None:
             "packing_leak": session.packing_leak,
         },
     )
-    run.write_json(run.path / "plan.json", session.memory.record())
+    run.write_json(run.path / PLAN, session.memory.record)
     if data.personal_report is not None:
         report = data.personal_report.encode("utf-8", "backslashreplace")
         durable.write_durably(run.data / PERSONAL_REPORT, report)

@@ -22,7 +22,7 @@ from typing import IO, Any
 from charkha.errors import EnvironmentProblem, Paused, TrainingFailed
 from charkha.store.control import Control
 from charkha.store.runs import RunFolder
-from charkha.training.fallback import halve_micro_batch
+from charkha.training.fallback import next_fallback
 from charkha.training.signals import under_nohup
 from charkha.units import format_seconds
 
@@ -72,11 +72,13 @@ def supervise(
         code, cause = _run_once(command, run, patience, answer)
         if cause is None:
             return code
-        _decide_restart(run, cause, past, patience)
+        change = _decide_restart(run, cause, past, patience)
         pause = min(patience.longest_pause_s, patience.first_pause_s * 2 ** max(past.fruitless - 1, 0))
         words = "was out of GPU memory" if cause == OUT_OF_MEMORY else cause
-        text = f"the worker {words}; it is started again in {format_seconds(pause)} (restart {past.restarts})"
-        run.append("status", status="restarting", reason=text)
+        ways = ", ".join(f"{key}: {value}" for key, value in change.items())
+        with_it = f" with {ways}" if ways else ""
+        text = f"the worker {words}; it is started again{with_it} in {format_seconds(pause)} (restart {past.restarts})"
+        run.append("status", status="restarting", reason=text, **({"fallback": change} if change else {}))
         say(text)
         time.sleep(pause)
 
@@ -128,16 +130,18 @@ def _wait(worker: subprocess.Popen[Any], control: Control, patience: Patience) -
             return silent
 
 
-def _decide_restart(run: RunFolder, cause: str, past: _Past, patience: Patience) -> None:
-    """Notes the restart in `past`. Raises when another try would be of no use."""
+def _decide_restart(run: RunFolder, cause: str, past: _Past, patience: Patience) -> dict[str, Any]:
+    """What is given up for memory at the next start; notes the restart in `past`.
+
+    Raises when another try would be of no use.
+    """
     if cause == GPU_LOST:
         raise EnvironmentProblem(
             "the GPU has fallen off the bus; every checkpoint so far is safe",
             where=str(run.path),
             remedy="shut the machine down, wait, start it (a reset is not enough), and run the same command again",
         )
-    if cause == OUT_OF_MEMORY:
-        halve_micro_batch(run)  # raises TrainingFailed at one row
+    change = next_fallback(run) if cause == OUT_OF_MEMORY else {}  # raises TrainingFailed where none is left
     step = _last_step(run)
     past.fruitless = 0 if step > past.step or cause == OUT_OF_MEMORY else past.fruitless + 1
     past.step = max(past.step, step)
@@ -150,6 +154,7 @@ def _decide_restart(run: RunFolder, cause: str, past: _Past, patience: Patience)
             where=str(run.path),
             remedy="look at the messages above; `charkha --debug train CONFIG --foreground` shows the whole error",
         )
+    return change
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from charkha.data.hub_names import hub_cache, parse_hub_name
+from charkha.caches import hub_cache
+from charkha.data.hub_names import parse_hub_name
 from charkha.data.readers import SUFFIXES
 from charkha.errors import DoesNotFit, EnvironmentProblem, UsageError
 from charkha.plan.base_checks import check_base_config

@@ -57,10 +57,10 @@ def merge_run(
     """
     from charkha.backends.torch.base_config import read_base_config
     from charkha.backends.torch.merge import merge_adapter
+    from charkha.backends.torch.skeleton import build_skeleton, layers_that_stay_whole
 
     run = RunFolder(path).require()
     config, base, data = reopen(run)
-    base = replace(base, streaming=None)  # the merge reads the base's own files; the check loads them whole
     if config.adapter.method == "full":
         return _already_standalone(run)
     if not any(run.adapter.glob("*.safetensors")):
@@ -68,6 +68,12 @@ def merge_run(
     if onto == "dequantized" and base.quantization == "none":
         raise UsageError(
             "the base of this run was not quantized", where=str(path), remedy="leave out --onto dequantized"
+        )
+    if onto == "dequantized" and layers_that_stay_whole(build_skeleton(base.path)):
+        raise UsageError(
+            "a streamed base packed each expert in 4 bits for itself, which this merge does not repeat",
+            where=str(path),
+            remedy="leave out --onto dequantized",
         )
     stored_quantized = "quantization_config" in read_base_config(base.path)
     if stored_quantized:
@@ -118,16 +124,20 @@ def _reference(base: BaseModelSpec, onto: str) -> BaseModelSpec:
     """What the merged model must equal: base + adapter in fp32 where memory allows, or the quantized base."""
     if onto == "dequantized":
         return base
-    return replace(base, quantization="none", dtype=_arithmetic(base))
+    return replace(base, quantization="none", dtype=_arithmetic(base), streaming=None)
 
 
 def _arithmetic(base: BaseModelSpec) -> Any:
     """fp32, in which only the rounding of the stored weights shows; the run's own dtype when fp32 would not fit."""
     import psutil
 
+    from charkha.backends.torch.layerwise import can_run_layerwise
+
+    if base.device == "cuda":
+        return base.dtype
     weights = sum(os.stat(file).st_size for file in base.path.glob("*.safetensors"))
-    fits = 2 * weights * 1.3 < psutil.virtual_memory().available and base.device != "cuda"
-    return "fp32" if fits else base.dtype
+    fits = 2 * weights * 1.3 < psutil.virtual_memory().available
+    return "fp32" if fits or can_run_layerwise(replace(base, quantization="none")) else base.dtype
 
 
 def _verified(

@@ -9,28 +9,32 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import EnvironmentProblem, UsageError
+from charkha.errors import DataError, EnvironmentProblem
 from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
-from charkha.plan.architecture import Architecture, read_architecture
-from charkha.plan.base_checks import check_base_config
-from charkha.plan.cost import Cost, buy_or_rent, run_cost
-from charkha.plan.device_memory import DeviceMemory, disk_bytes, host_memory_bytes
+from charkha.plan.architecture import Architecture
+from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
+from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.memory_settings import MemorySettings
-from charkha.plan.popular_models import popular_config
-from charkha.plan.search import Candidate, evaluate, fallbacks, machines_that_fit, propose
-from charkha.plan.speed import P90_FACTOR
+from charkha.plan.rows import Rows
+from charkha.plan.search import Candidate, evaluate, machines_that_fit, propose
 from charkha.store.durable import write_durably
-from charkha.training.base_model import find_base
-from charkha.units import format_bytes
-from charkha.verbs.planned_settings import Rows, chooser_of, planned_settings
-from charkha.verbs.planned_trace import Traced, traced_peak
+from charkha.training.choices import Chooser, steps_of_an_epoch
+from charkha.training.plan_history import corrected_by_history, scaled
+from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
+from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
+from charkha.training.planned_trace import Traced, traced_peak
+from charkha.training.sources import sources_of
+from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
 
-_NO_CONFIG = "put the model's config.json there"
+_STEP_KEYS = tuple(
+    f"training.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "loss_head", "optimizer")
+)
 PlanMethod = Literal["trace", "closed_form"]
 
 
@@ -45,13 +49,7 @@ class PlanWish:
     buy_or_rent: bool = False
     hours_per_day: float = 8.0
     write_machine: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Base:
-    config: dict[str, Any]
-    folder: Path | None  # None where only the shape is known
-    where: str
+    probe: bool = False
 
 
 def make_plan(wish: PlanWish) -> dict[str, Any]:
@@ -60,235 +58,131 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     Raises ConfigError, UsageError (an unknown GPU, a base that cannot be planned for) and DataError.
     """
     loaded = load_config(wish.config, list(wish.overrides), to_plan=True)
+    if wish.probe:
+        from charkha.verbs.planned_probe import require_probe  # which imports NumPy, as no other plan needs
+
+        require_probe(loaded, wish.gpus)
     machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
     if wish.write_machine is not None:
         write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
-    base = _find_shape(loaded)
-    architecture = _architecture(base)
-    chooser = chooser_of(loaded.config, machine)
+    base = find_shape(loaded)
+    architecture = architecture_of(base)
+    chooser = Chooser(loaded.config, device_facts(machine))
+    model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
-    rows, notes = _rows(loaded, base, max_length)
-    planned = planned_settings(loaded.config, chooser, architecture, machine, rows)
-    found = evaluate(architecture, planned.settings, machine)
+    data = _data(loaded, base, max_length, chooser, model, machine)
+    rows = data.rows
+    used = machine.used_by(model.processes)
+    planned = planned_settings(loaded.config, chooser, model, architecture, used, rows)
+    if rows.count is not None:
+        chooser.eval_steps(steps_of_an_epoch(loaded.config, rows.count), data.has_eval)
+    found = evaluate(architecture, planned.settings, used)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
         traced = traced_peak(planned.settings, loaded.config, base.config, machine)
-    record = _record(loaded.config, architecture, machine, rows, found, None if traced.why_not else traced)
-    record["reasons"] = [*planned.reasons, *notes]
-    record["reasons"] += [f"method: closed_form ({traced.why_not})", *found.preview.notes] if traced.why_not else []
-    record["reasons"] += _verdicts(record, found, machine)
-    record["alternatives"] = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    record = plan_record(loaded.config, architecture, used, rows, found, traced)
+    record["choices"] = [asdict(choice) for choice in chooser.choices]
+    said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
+    record["reasons"] = [*said, *record["reasons"]]
+    ratio = corrected_by_history(record, loaded.config, architecture, planned.settings, used)
+    if wish.probe:
+        ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, used)
+    record["reasons"] += verdicts(record, found, used)
+    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    alternatives += _packing(loaded.config, model, architecture, used, data)
+    record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
-        record["buy_or_rent"] = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        answer = _buy_or_rent(loaded.config, machine, wish.hours_per_day)
+        record["buy_or_rent"] = None if answer is None else asdict(answer)
+        record["reasons"] += [] if answer is None else _price_words(answer)
+    if wish.write_machine is not None and machine.here and machine.disk_read_bytes_per_s is None:
+        record["reasons"].append(
+            "machine file: `charkha doctor` measures the speed of its disk and links; not known yet"
+        )
     if not record["fits"]:
         record["exit_code"] = 3
     return record
 
 
-def _find_shape(loaded: LoadedConfig) -> _Base:
-    """config.json of the base: in its folder, in the hub's cache, or from the table of popular models."""
-    try:
-        folder = find_base(loaded.config.model, loaded.folder)
-    except EnvironmentProblem as problem:
-        known = popular_config(loaded.config.model.base)
-        if known is None:
-            raise UsageError(
-                f"the base model {loaded.config.model.base} is not here and not in the table of popular models",
-                where=problem.where or "model.base",
-                remedy=f"{problem.remedy}; a folder with nothing but its config.json is enough for a plan",
-            ) from None
-        return _Base(known, None, f"{loaded.config.model.base} (table of popular models)")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot be read: {error}", where=str(path), remedy="put the model's config.json there"
-        ) from None
-    if not isinstance(config, dict):
-        raise UsageError("is not a JSON object", where=str(path), remedy=_NO_CONFIG)
-    return _Base(config, folder, str(path))
-
-
-def _architecture(base: _Base) -> Architecture:
-    """Refusals name the key or the reason, with exit code 2: nothing is wrong with this machine."""
-    text_model = {key: value for key, value in base.config.items() if key != "vision_config"}
-    try:
-        if (
-            base.config.get("model_type") != "gpt_oss"
-        ):  # its published files are in MXFP4; a plan counts them in 16 bits
-            check_base_config(text_model, base.where)
-        return read_architecture(base.config)
-    except EnvironmentProblem as problem:
-        raise UsageError(problem.message, where=base.where, remedy=problem.remedy) from None
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"cannot be understood: {type(error).__name__} {error}",
-            where=base.where,
-            remedy="compare it with the config.json that the model's authors publish",
-        ) from None
-
-
-def _rows(loaded: LoadedConfig, base: _Base, max_length: int) -> tuple[Rows, list[str]]:
-    """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
-    if base.folder is not None and (base.folder / "tokenizer.json").exists():
-        return _tokenized(loaded, base.folder, max_length)
-    packed = loaded.config.data.packing is True
-    count, note = _count_rows(loaded)
-    notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
-    return Rows(max_length, float(max_length), count, packed=packed), [*notes, *note]
-
-
-def _count_rows(loaded: LoadedConfig) -> tuple[int | None, list[str]]:
-    from charkha.data.formats import read_rows
-
-    total = 0
-    for source in loaded.config.data.train:
-        path = loaded.folder / Path(source if isinstance(source, str) else source.path).expanduser()
-        if not path.is_file():
-            return None, [f"{path} is not here, so the number of rows is not known: no hours, energy and money"]
-        total += len(read_rows(path, mapping=dict(loaded.config.data.map)).rows)
-    return total, []
-
-
-def _tokenized(loaded: LoadedConfig, folder: Path, max_length: int) -> tuple[Rows, list[str]]:
-    from charkha.training.preparing import prepare_data
-    from charkha.training.preview import trained_positions
-
-    if not all(
-        (loaded.folder / Path(source if isinstance(source, str) else source.path).expanduser()).is_file()
-        for source in loaded.config.data.train
-    ):
-        count, note = _count_rows(loaded)
-        return Rows(max_length, float(max_length), count, packed=loaded.config.data.packing is True), note
-    if loaded.config.data.personal == "block":  # for training to refuse; what would be trained is counted all the same
-        data = loaded.config.data.model_copy(update={"personal": "report"})
-        loaded = replace(loaded, config=loaded.config.model_copy(update={"data": data}))
-    with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
-        shard = prepare_data(loaded, folder, Path(scratch), max_length, None).train
-        longest, mean, count = int(shard.lengths.max()), float(shard.lengths.mean()), len(shard.lengths)
-        batch = min(loaded.config.training.batch_size, count)
-        trained = {rows: trained_positions(shard, rows) for rows in range(1, batch + 1) if batch % rows == 0}
-    if loaded.config.data.packing is True:
-        filled = max(1, -(-int(mean * count) // max_length))
-        return Rows(max_length, mean * count / filled, filled, known=True, packed=True), []
-    return Rows(longest, mean, count, trained, known=True), []
-
-
-def _record(
+def _probe(
+    record: dict[str, Any],
+    wish: PlanWish,
     config: Config,
     architecture: Architecture,
+    settings: MemorySettings,
     machine: Machine,
-    rows: Rows,
-    found: Candidate,
-    traced: Traced | None,
-) -> dict[str, Any]:
-    settings, memory = found.settings, found.memory
-    allocated = traced.allocated_bytes if traced else memory.allocated
-    reserved = memory.reserved
-    if traced:  # of rows of one length; what varying ones leave behind is the closed form's to say
-        outgrown = memory.fragmentation if settings.lengths_vary and settings.device == "cuda" else 0
-        reserved = max(traced.reserved_bytes, allocated + outgrown)
-    tokens = int(rows.mean * (rows.count or 0))
-    host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
-    disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
-    seconds = _seconds(config, rows, found)
-    cost = run_cost(
-        machine,
-        seconds or 0.0,
-        currency=config.cost.currency,
-        electricity_per_kwh=config.cost.electricity_per_kwh,
-    )
-    return {
-        "fits": _fits(found, machine, allocated, host, disk),
-        "method": "trace" if traced else "closed_form",
-        "machine": machine.name,
-        "devices": settings.processes,
-        "peak_allocated_bytes": allocated,
-        "peak_reserved_bytes": reserved,
-        "peak_device_bytes": reserved + memory.context,
-        "least_device_bytes": _least(found, allocated),
-        "device_limit_bytes": found.limit_bytes or None,
-        "breakdown": dict(traced.breakdown or {}) if traced else found.preview.breakdown,
-        "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
-        "moments": found.preview.moments,
-        "trainable_parameters": found.preview.trainable_parameters,
-        "total_parameters": architecture.parameters,
-        "active_parameters": architecture.active_parameters,
-        "tokens_per_second": round(found.tokens_per_second * _filled(rows), 1),
-        "seconds": None if seconds is None else round(seconds, 1),
-        "seconds_p90": None if seconds is None else round(seconds * P90_FACTOR, 1),
-        "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
-        "cost": _cost_record(cost, config, seconds),
-        "host_ram_bytes": host,
-        "disk_bytes": disk,
-        "settings": _settings_record(settings),
-        "fallbacks": list(fallbacks(settings)),
-    }
+) -> float:
+    """Has what real steps on this device show take the place of what was predicted; by how much time changed."""
+    from charkha.verbs.planned_probe import PROBE_P90, with_probe
+
+    before = record["tokens_per_second"]
+    # Free memory may be another when the child looks at it, and what is tried is what was planned.
+    chosen = [f"{one['key']}={json.dumps(one['value'])}" for one in record["choices"] if one["key"] in _STEP_KEYS]
+    measured = with_probe(record, wish.config, (*wish.overrides, *chosen), architecture, settings, machine)
+    if measured is None:
+        return 1.0
+    with_time(record, config, machine, measured.seconds, measured.seconds * PROBE_P90, measured.tokens_per_second)
+    corrected = ("seconds", "seconds_p90", "tokens_per_second", "peak_allocated_bytes", "peak_reserved_bytes")
+    record["probe"]["corrected"] = {name: record[name] for name in corrected}
+    return float(before) / measured.tokens_per_second
 
 
-def _filled(rows: Rows) -> float:
-    """Share of a row that is tokens and not padding."""
-    return rows.mean / rows.longest if rows.known else 1.0
+@dataclass(frozen=True)
+class _Data:
+    """What is known of the rows; `other` are the same packed, or the same unpacked, where that could be chosen too."""
+
+    rows: Rows
+    has_eval: bool
+    notes: tuple[str, ...] = ()
+    other: Rows | None = None
 
 
-def _seconds(config: Config, rows: Rows, found: Candidate) -> float | None:
-    """Of all optimizer steps at rows of mean length; None where nobody knows how many there are."""
-    training, settings = config.training, found.settings
-    steps = training.max_steps
-    if steps is None:
-        if rows.count is None:
-            return None
-        steps = max(1, round(training.epochs * -(-rows.count // training.batch_size)))
-    step = found.time.step_seconds(settings.accumulation_steps)
-    # Rows of a micro batch are padded to its longest; batches differ, and half of the padding is a fair guess.
-    return steps * step * ((1 + _filled(rows)) / 2)
+def _data(
+    loaded: LoadedConfig, base: BaseShape, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> _Data:
+    """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
+    from charkha.data.formats import read_rows
+
+    files, missing = _files(loaded)
+    if missing is None and base.folder is not None and (base.folder / "tokenizer.json").exists():
+        return _tokenized(loaded, base.folder, max_length, chooser, model, machine)
+    if missing is None:
+        notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
+        mapping = dict(loaded.config.data.map)
+        count: int | None = sum(len(read_rows(path, mapping=mapping).rows) for path in files)
+    else:
+        count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
+    packed = loaded.config.data.packing is True
+    return _Data(Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), tuple(notes))
 
 
-def _least(found: Candidate, allocated: int) -> int:
-    """The smallest card that would do: the closed form's, by as much more or less as the trace finds alive."""
-    return found.memory.least + allocated - found.memory.allocated
+def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
+    """The training files, or why they cannot be read."""
+    try:
+        files = [source.path for source in sources_of(loaded.config, loaded.folder)]
+    except (DataError, EnvironmentProblem) as problem:
+        return [], f"{problem.where or loaded.folder}: {problem.message}"
+    return files, next((f"{path} is not here" for path in files if not path.is_file()), None)
 
 
-def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: int) -> bool:
-    least = _least(found, allocated)
-    device = least <= found.limit_bytes if machine.gpu or found.limit_bytes else True
-    ram = machine.ram_bytes is None or host <= machine.ram_bytes
-    return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
+def _tokenized(
+    loaded: LoadedConfig, folder: Path, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
+) -> _Data:
+    from charkha.training.packing_choice import choose_packing, packing_option
+    from charkha.training.preparing import prepare_data
+    from charkha.training.row_facts import rows_of
 
-
-def _cost_record(cost: Cost, config: Config, seconds: float | None) -> dict[str, Any]:
-    known = seconds is not None
-    return {
-        "currency": cost.currency,
-        "electricity": round(cost.electricity, 2) if known else None,
-        "electricity_per_kwh": config.cost.electricity_per_kwh,
-        "rental_equivalent": round(cost.rental_equivalent, 2) if known and cost.rental_equivalent is not None else None,
-        "rental_provider": cost.rental_provider,
-        "wall_w": round(cost.wall_w),
-        "ups_minutes": cost.ups_minutes,
-        "ups_wh": round(cost.ups_wh, 1),
-    }
-
-
-def _settings_record(settings: MemorySettings) -> dict[str, Any]:
-    return asdict(settings) | {"offload": sorted(settings.offload)}
-
-
-def _verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
-    """What does not fit, by how much; and host memory beside the usual rule where it is known."""
-    said = []
-    if found.settings.lengths_vary and machine.device == "cuda":
-        outgrown = format_bytes(found.memory.fragmentation)
-        said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")
-    least, limit = record["least_device_bytes"], found.limit_bytes
-    if limit and least > limit:
-        said.append(f"does not fit: {format_bytes(least)} is the least, {machine.name} has {format_bytes(limit)} each")
-    if machine.ram_bytes is not None and record["host_ram_bytes"] > machine.ram_bytes:
-        said.append(f"host memory: {format_bytes(record['host_ram_bytes'])} of {format_bytes(machine.ram_bytes)}")
-    if machine.disk_free_bytes is not None and record["disk_bytes"] > machine.disk_free_bytes:
-        said.append(f"disk: {format_bytes(record['disk_bytes'])} of {format_bytes(machine.disk_free_bytes)} free")
-    return said
+    config = loaded.config
+    if config.data.personal == "block":  # for training to refuse; what would be trained is counted all the same
+        data = config.data.model_copy(update={"personal": "report"})
+        loaded = replace(loaded, config=config.model_copy(update={"data": data}))
+    with tempfile.TemporaryDirectory(prefix="charkha-plan-") as scratch:
+        prepared = prepare_data(loaded, folder, Path(scratch), max_length, None)
+        lengths = prepared.train.lengths
+        packing = choose_packing(config, chooser, lengths, max_length, model, machine.device)
+        option = None if packing else packing_option(config, lengths, max_length, model)
+        other = rows_of(prepared, option, config, model) if packing or option else None
+        return _Data(rows_of(prepared, packing, config, model), prepared.eval is not None, other=other)
 
 
 def _alternatives(
@@ -300,9 +194,9 @@ def _alternatives(
             "changes": proposal.changes,
             "reason": proposal.reason,
             "fits": True,
-            **_short(config, machine, rows, proposal.candidate),
+            **_short(config, architecture, machine, rows, proposal.candidate),
         }
-        for proposal in propose(architecture, found.settings, machine)
+        for proposal in propose(architecture, found.settings, machine, rows)
     ]
     if not fits:
         machines = machines_that_fit(architecture, found.settings)
@@ -317,8 +211,37 @@ def _alternatives(
     return made
 
 
-def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -> dict[str, Any]:
-    seconds = _seconds(config, rows, candidate) if candidate.settings.tokens == rows.longest else None
+def _packing(
+    config: Config, model: ModelChoices, architecture: Architecture, machine: Machine, data: _Data
+) -> list[dict[str, Any]]:
+    """The same epochs with rows packed, or not: what padding costs. Nothing where steps are counted, not epochs."""
+    other = data.other
+    if other is None or other.count is None or config.training.max_steps is not None:
+        return []
+    chooser = Chooser(config, device_facts(machine))
+    planned = planned_settings(config, chooser, model, architecture, machine, other)
+    candidate = evaluate(architecture, planned.settings, machine)
+    steps = [rows.steps(config.training.batch_size) for rows in (data.rows, other)]
+    how = f"{other.count} rows of up to {other.longest} tokens"
+    return [
+        {
+            "name": "packing" if other.packed else "no_packing",
+            "changes": {"data.packing": other.packed},
+            "reason": f"{how}: {steps[1]} optimizer steps an epoch in the place of {steps[0]}",
+            "fits": candidate.fits,
+            **_short(config, architecture, machine, other, candidate),
+        }
+    ]
+
+
+def _short(
+    config: Config, architecture: Architecture, machine: Machine, rows: Rows, candidate: Candidate
+) -> dict[str, Any]:
+    seconds = (
+        run_seconds(config, architecture, machine, rows, candidate)
+        if candidate.settings.tokens == rows.longest
+        else None
+    )
     cost = run_cost(
         machine,
         seconds or 0.0,
@@ -329,18 +252,26 @@ def _short(config: Config, machine: Machine, rows: Rows, candidate: Candidate) -
     return {
         "peak_allocated_bytes": memory.allocated,
         "peak_reserved_bytes": memory.reserved,
-        "tokens_per_second": round(candidate.tokens_per_second * _filled(rows), 1),
+        "tokens_per_second": round(tokens_per_second(config, architecture, machine, rows, candidate), 1),
         "seconds": None if seconds is None else round(seconds, 1),
         "energy_kwh": None if seconds is None else round(cost.energy_kwh, 3),
         "electricity": None if seconds is None else round(cost.electricity, 2),
     }
 
 
-def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> dict[str, Any] | None:
-    answer = buy_or_rent(
+def _buy_or_rent(config: Config, machine: Machine, hours_per_day: float) -> BuyOrRent | None:
+    return buy_or_rent(
         machine,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
         hours_per_day=hours_per_day,
     )
-    return None if answer is None else asdict(answer)
+
+
+def _price_words(answer: BuyOrRent) -> list[str]:
+    """How old the two prices are, where they are from, and whether anybody checked them."""
+    today = date.today()
+    return [
+        f"price of {answer.gpu}: {answer.price_origin.words(today)} (your own: CHARKHA_CARD_PRICES)",
+        f"offer of {answer.rental_provider}: {answer.rental_origin.words(today)} (your own: CHARKHA_RENTALS)",
+    ]

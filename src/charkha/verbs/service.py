@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from charkha.caches import VARIABLES
 from charkha.config_file import LoadedConfig, load_config
 from charkha.errors import EnvironmentProblem, UsageError
 from charkha.hardware.ups import MainsWatch, open_ups
@@ -28,7 +29,6 @@ from charkha.summary import summarize
 
 MARKER = "# Written by charkha service;"
 EXIT_RESUMES = 69  # of after-exit; systemd would take 75 for a success here too
-_CACHES = ("HF_HOME", "HF_HUB_CACHE")  # where base models are found; never a secret such as HF_TOKEN
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are no UTF-8
 # How guard.py words a stop because of the battery; a test holds the two together.
 _BATTERY_STOP = re.compile(r"the battery (is low|lasts .*): saving and stopping")
@@ -114,7 +114,7 @@ class MainsWait:
 
 def unit_text(config: Path, run: Path, python: str = sys.executable, environ: Mapping[str, str] = os.environ) -> str:
     """The unit for a config (absolute). Raises UsageError for a path that no unit can hold."""
-    caches = [f"{name}={Path(environ[name]).expanduser().absolute()}" for name in _CACHES if environ.get(name)]
+    caches = [f"{name}={Path(environ[name]).expanduser().absolute()}" for name in VARIABLES if environ.get(name)]
     for text in (str(config), str(run), python, *caches):
         if _UNWRITABLE.search(text):
             raise UsageError(f"{text!r} cannot stand in a systemd unit", remedy="rename the folder or file")

@@ -11,6 +11,7 @@ from charkha.backends.base import StepPlan
 from charkha.data.order import plan_epoch
 from charkha.data.packing import PackedShapes, pack
 from charkha.data.shards import Shard
+from charkha.plan.schedule import EMPTY
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +176,22 @@ class MicroBatchPlan:
             return planned
         return np.concatenate([np.empty(0, dtype=np.int64), *(self._documents[row] for row in planned)])
 
+    def shape_of(self, element: int) -> tuple[int, int]:
+        """(rows, tokens of the longest one) of a micro batch; packed rows count as rows."""
+        planned = self._planned(element)
+        return (len(planned), int(self._lengths[planned].max())) if len(planned) else EMPTY
+
+    def largest_step_after_first(self, total_steps: int) -> int | None:
+        """Number (from 0) of the step, from the second on, with the longest row: the optimizer's states exist there.
+
+        The first step of every epoch holds the epoch's longest row. None for a run of one step.
+        """
+        if total_steps > self.steps_per_epoch:
+            return self.steps_per_epoch
+        count = self.micro_batches_per_step
+        later = range(1, total_steps)
+        return max(later, key=lambda step: self.shape_of(step * count)[1], default=None)
+
     def _planned(self, element: int) -> np.ndarray:
         step, place = divmod(element, self.micro_batches_per_step)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -196,3 +213,22 @@ class MicroBatchPlan:
             lengths = self._shard.lengths
             self._documents = self._packed.deal(lengths, seed=self._seed, epoch=epoch, fingerprint=self._fingerprint)
         self._epoch = epoch
+
+
+class ChosenMicroBatches(MicroBatchPlan):
+    """Some micro batches of a run, in steps of an order of their own: `steps` are the numbers of each step's."""
+
+    def __init__(self, whole: MicroBatchPlan, steps: Sequence[Sequence[int]]) -> None:
+        self._whole = whole
+        self._elements = [element for step in steps for element in step]
+        self.steps_per_epoch = len(steps)
+        self.micro_batches_per_step = len(steps[0])
+
+    def batch_of(self, element: int, pad_id: int) -> dict[str, Any]:
+        return self._whole.batch_of(self._elements[element], pad_id)
+
+    def rows_of(self, element: int) -> np.ndarray:
+        return self._whole.rows_of(self._elements[element])
+
+    def shape_of(self, element: int) -> tuple[int, int]:
+        return self._whole.shape_of(self._elements[element])

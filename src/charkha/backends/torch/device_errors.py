@@ -47,11 +47,12 @@ def device_errors_told(*, loading: bool = False) -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device had too little memory: torch's own class, and what cuBLAS, NCCL and MPS call it."""
+    """Whether the device had too little memory: torch's own class, and what cuBLAS, NCCL, MPS and CPUs call it."""
     text = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError)
         or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or "DefaultCPUAllocator: can't allocate memory" in text
         or ("out of memory" in text and ("CUDA" in text or "Cuda" in text or "MPS" in text))
     )
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from charkha.backends.torch.batches import IGNORED
+from charkha.backends.torch.head_loss import StreamedHeadLoss
+from charkha.backends.torch.host_tables import HostHead
 
 _CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
 
@@ -35,6 +37,8 @@ def choose_loss(model: Any, wanted: str, head_alone: Callable[[Any], bool] | Non
         return "own"
     if "logits_to_keep" not in inspect.signature(causal.forward).parameters:
         return "own"
+    if isinstance(causal.get_output_embeddings(), HostHead):
+        wanted = "chunked"
     return "chunked" if wanted == "chunked" and (head_alone or _head_alone_makes_logits)(causal) else "full"
 
 
@@ -44,7 +48,7 @@ def _head_alone_makes_logits(causal: Any) -> bool:
     Some models do more between body and head, or after it, and name it in ways that no list keeps up with.
     """
     head = causal.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
+    if type(head) is not torch.nn.Linear and not isinstance(head, HostHead):
         return False
     caught: list[Any] = []
     hook = causal.get_decoder().register_forward_hook(lambda module, args, output: caught.append(output[0]))
@@ -52,18 +56,19 @@ def _head_alone_makes_logits(causal: Any) -> bool:
     causal.eval()  # dropout would draw random numbers
     try:
         with torch.no_grad():
-            ids = torch.arange(4, device=head.weight.device)[None]
+            ids = torch.arange(4, device=next(causal.parameters()).device)[None]
             logits = causal(input_ids=ids, use_cache=False).logits.float()
             if not caught or caught[0].shape[-1] != head.in_features:
                 return False
-            own = head(caught[0].to(head.weight.dtype)).float()
+            dtype = head.table.dtype if isinstance(head, HostHead) and head.table else head.weight.dtype
+            own = head(caught[0].to(dtype)).float()
     finally:
         hook.remove()
         causal.train(was_training)
     softcap = _softcap(causal)
     own = softcap * torch.tanh(own / softcap) if softcap else own
     # The softcap is rounded in the head's type by the model and in fp32 here.
-    slack = 4 * torch.finfo(head.weight.dtype).eps
+    slack = 4 * torch.finfo(dtype).eps
     return bool(
         own.shape == logits.shape and torch.allclose(own, logits, rtol=slack, atol=slack * float(logits.abs().max()))
     )
@@ -102,6 +107,8 @@ def _chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) 
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     causal = causal_model(model)
     head = causal.get_output_embeddings()
+    if isinstance(head, HostHead):
+        return StreamedHeadLoss.apply(hidden[rows, columns], head, labels[rows, columns + 1], _softcap(causal))
     return _HeadLoss.apply(hidden[rows, columns], head.weight, head.bias, labels[rows, columns + 1], _softcap(causal))
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_base(spec: BaseModelSpec) -> PreTrainedModel:
+def load_base(spec: BaseModelSpec, kind: Any = None) -> PreTrainedModel:
     """The base model on its device, frozen as nothing yet, in the dtype and quantization of `spec`.
+
+    `kind` is another class to load the files into than the architecture's own.
 
     Raises EnvironmentProblem for a folder that is not a usable base, and when a base asked for in 4 or 8 bits would not
     be quantized (transformers replaces only plain `nn.Linear` and says nothing otherwise).
@@ -33,7 +35,8 @@ def load_base(spec: BaseModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = read_base_config(spec.path)
-    kind = AutoModelForCausalLM if spec.quantization == "none" else quantizable_class(config.get("model_type"))
+    if kind is None:
+        kind = AutoModelForCausalLM if spec.quantization == "none" else quantizable_class(config.get("model_type"))
     check_base_config(config, str(spec.path))
     kwargs: dict[str, Any] = {"dtype": torch_dtype(spec.dtype), "attn_implementation": spec.attention}
     if spec.quantization != "none" and "quantization_config" not in config:

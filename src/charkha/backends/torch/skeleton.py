@@ -66,6 +66,8 @@ def require_fit(skeleton: PreTrainedModel, base: BaseModelSpec, adapter: Adapter
 def _require_quantizable(skeleton: PreTrainedModel, base: BaseModelSpec) -> None:
     """Transformers replaces plain linear layers only; anything else would quietly stay whole."""
     whole = layers_that_stay_whole(skeleton)
+    if base.streaming is not None:  # which packs each expert for itself, and refuses what it does not know
+        whole = [(name, kind) for name, kind in whole if kind != "3-D"]
     if not whole:
         return
     name, what = whole[0]

@@ -13,37 +13,28 @@ import bitsandbytes
 import torch
 from bitsandbytes import functional as bnb
 
-from charkha.backends.torch.slabs import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from charkha.backends.torch.slab_parts import BLOCK_SIZE, NESTED_BLOCK_SIZE, StoredState
 from charkha.backends.torch.streamed_linear import Streamed, require_still_there
 
 
 class StreamedLinear4bit(Streamed, bitsandbytes.nn.Linear4bit):  # type: ignore[misc]  # bitsandbytes ships no types
-    """A frozen NF4 or FP4 layer with double quantization."""
+    """A frozen NF4 or FP4 layer."""
+
+    stored: StoredState | None = None  # how the base's files have it, where they are in 4 bits already
 
     def _take(self, parts: dict[str, torch.Tensor]) -> None:
-        device = parts["packed"].device
-        state = bnb.QuantState(
-            absmax=parts["absmax"],
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=_code(self.four_bit_type, device),
-            blocksize=BLOCK_SIZE,
-            quant_type=self.four_bit_type,
-            dtype=self.compute_dtype,
-            offset=parts["nested_offset"],
-            state2=bnb.QuantState(
-                absmax=parts["nested_absmax"],
-                blocksize=NESTED_BLOCK_SIZE,
-                code=_nested_code(device),
-                dtype=torch.float32,
-            ),
-        )
+        state = quant_state(parts, self.four_bit_type, (self.out_features, self.in_features), self.compute_dtype)
+        if self.stored is not None:
+            state.blocksize, state.dtype = self.stored.block_size, getattr(torch, self.stored.dtype)
+            if state.state2 is not None:
+                state.state2.blocksize = self.stored.nested_block_size
         self.quant_state = state
         weight = bitsandbytes.nn.Params4bit(
             parts["packed"],
             requires_grad=False,
             quant_state=state,
-            blocksize=BLOCK_SIZE,
-            compress_statistics=True,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
             quant_type=self.four_bit_type,
             bnb_quantized=True,
             module=self,
@@ -78,6 +69,35 @@ class _Product4bit(torch.autograd.Function):  # type: ignore[misc]  # torch is n
         return result, None, None
 
 
+def quant_state(parts: dict[str, torch.Tensor], quant_type: str, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    """The record that bitsandbytes keeps of a packed weight: constants, code tables; block sizes are its own."""
+    device = parts["packed"].device
+    nested = None
+    if "nested_absmax" in parts:
+        nested = bnb.QuantState(
+            absmax=parts["nested_absmax"],
+            blocksize=NESTED_BLOCK_SIZE,
+            code=parts.get("nested_code", _nested_code(device)),
+            dtype=torch.float32,
+        )
+    return bnb.QuantState(
+        absmax=parts["absmax"],
+        shape=torch.Size(shape),
+        code=parts.get("code", _code(quant_type, device)),
+        blocksize=BLOCK_SIZE,
+        quant_type=quant_type,
+        dtype=dtype,
+        offset=parts.get("nested_offset"),
+        state2=nested,
+    )
+
+
+def unpacked_into(target: torch.Tensor, parts: dict[str, torch.Tensor], quant_type: str) -> None:
+    """Fills `target` [rows, columns] with the values of a packed weight."""
+    state = quant_state(parts, quant_type, (target.shape[0], target.shape[1]), target.dtype)
+    target.copy_(bnb.dequantize_4bit(parts["packed"].view(-1, 1), state))  # a CPU has no unpacking in place
+
+
 @cache
 def _code(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values that 4 bits stand for; one tensor for all layers."""
@@ -92,8 +112,10 @@ def _nested_code(device: torch.device) -> torch.Tensor:
     return code
 
 
-def four_bit_stand_in(module: torch.nn.Linear, quant_type: str, dtype: torch.dtype) -> StreamedLinear4bit:
-    """A StreamedLinear4bit of the same shape, without a weight, on the meta device."""
+def four_bit_stand_in(
+    module: torch.nn.Linear, quant_type: str, dtype: torch.dtype, stored: StoredState | None = None
+) -> StreamedLinear4bit:
+    """A StreamedLinear4bit of the same shape, without a weight, on the meta device; `dtype` is computed in."""
     made = StreamedLinear4bit(
         module.in_features,
         module.out_features,
@@ -103,6 +125,6 @@ def four_bit_stand_in(module: torch.nn.Linear, quant_type: str, dtype: torch.dty
         quant_type=quant_type,
         device="meta",
     )
-    made.four_bit_type = quant_type
+    made.four_bit_type, made.stored = quant_type, stored
     made.forget_weight()
     return made

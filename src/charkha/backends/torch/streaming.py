@@ -20,22 +20,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from charkha.backends.torch.expert_slots import POISON, ExpertSlots, overwritten, tensor_in
 from charkha.backends.torch.slabs import Piece, Slab
-from charkha.backends.torch.tensor_files import torch_dtype_of
 from charkha.backends.torch.transfers import DiskToDevice, DiskToMemory, RamToDevice, Slot, Traffic, Transfer
-from charkha.errors import EnvironmentProblem, TrainingFailed
+from charkha.errors import EnvironmentProblem
 from charkha.units import format_bytes
 
 logger = logging.getLogger(__name__)
-_POISON = 0xFF  # NaN in every float type; in packed weights numbers that nothing was trained beside
 _ORDER_KEPT = 4096  # loads whose order is remembered, for people who look
 _RAM_LEFT_BYTES = 4 << 30  # beside a pinned base, for the process, the system and checkpoints
-
-
-class WeightsOverwritten(TrainingFailed):
-    """A slot was given another layer while its own was in use: a bug. The newest checkpoint is good."""
-
-    kind = "weights_overwritten"
 
 
 class Engine:
@@ -51,8 +44,12 @@ class Engine:
         hot: Sequence[int],
         device: torch.device,
         poison: bool = False,
+        expert_slots: int = 0,
     ) -> None:
-        """`poison` overwrites a slot before it is filled anew, so that a late reader computes NaN. Slow."""
+        """`expert_slots` 0 is as many as fit in a gigabyte, at least two.
+
+        `poison` overwrites a slot before it is filled anew, so that a late reader computes NaN. Slow.
+        """
         self.slab = slab
         self.traffic = traffic
         self.transfer = transfer
@@ -70,6 +67,11 @@ class Engine:
         self._current: int | None = None
         self._entered_generation = 0
         self._descending = False
+        self.experts = (
+            ExpertSlots(slab, transfer, traffic, slots=expert_slots, hot=hot, device=device, poison=poison)
+            if any(slab.experts)
+            else None
+        )
 
     def _slot_bytes(self, turn: int, slots: int) -> int:
         return max(self.slab.layers[number].byte_count for number in self.cold[turn::slots])
@@ -78,13 +80,13 @@ class Engine:
     def device_bytes(self) -> int:
         """Bytes of all buffers."""
         buffers = [*(slot.buffer for slot in self.slots), *self._hot.values()]
-        return sum(int(buffer.numel()) for buffer in buffers)
+        of_experts = self.experts.device_bytes if self.experts else 0
+        return sum(int(buffer.numel()) for buffer in buffers) + of_experts
 
     def view(self, layer: int, piece: Piece) -> torch.Tensor:
         """The piece as a tensor in the buffer that its layer always lies in."""
         buffer = self._hot[layer] if layer in self._hot else self._slot_of(layer).buffer
-        flat = buffer[piece.offset : piece.offset + piece.byte_count]
-        return flat.view(torch_dtype_of(piece.dtype)).view(piece.shape)
+        return tensor_in(buffer, piece)
 
     def require(self, layer: int) -> None:
         """What is computed next may read this layer. Raises WeightsOverwritten when it was lost while in use."""
@@ -96,16 +98,13 @@ class Engine:
 
     def require_intact(self) -> None:
         """Raises WeightsOverwritten when the layer in use no longer lies in its slot."""
+        if self.experts is not None:
+            self.experts.require_intact()
         if self._current is None:
             return
         slot = self._slot_of(self._current)
         if slot.layer != self._current or slot.generation != self._entered_generation:
-            raise WeightsOverwritten(
-                f"layer {slot.layer} was brought into the slot of layer {self._current} while that was in use",
-                where="the streaming engine",
-                remedy="run the same command again: it goes on from the newest checkpoint, which is good; please "
-                "report this",
-            )
+            raise overwritten("layer", self._current, slot)
 
     def _enter(self, layer: int) -> None:
         self.require_intact()  # also covers readers that do not ask again, such as DoRA's norm of the weight
@@ -137,7 +136,7 @@ class Engine:
             self.transfer.wait(slot)
         slot.layer, slot.generation = layer, slot.generation + 1
         if self._poison:
-            slot.buffer.fill_(_POISON)
+            slot.buffer.fill_(POISON)
             self.transfer.release(slot)
         self.transfer.start(layer, slot)
         self.traffic.loads += 1
@@ -152,7 +151,9 @@ class Engine:
         return self._slot_at(self._position[layer])
 
 
-def open_engine(slab: Slab, *, slots: int, hot_layers: int, tier: str, device: torch.device) -> Engine:
+def open_engine(
+    slab: Slab, *, slots: int, hot_layers: int, tier: str, device: torch.device, expert_slots: int = 0
+) -> Engine:
     """An engine over a slab on a CPU or CUDA device; `hot_layers` first layers stay on the device.
 
     Raises EnvironmentProblem when nothing can be pinned.
@@ -161,7 +162,16 @@ def open_engine(slab: Slab, *, slots: int, hot_layers: int, tier: str, device: t
     hot = range(min(hot_layers, len(slab.layers)))
     poison = os.environ.get("CHARKHA_STREAMING_DEBUG") == "1"
     transfer = _transfer(slab, tier, device)(slab, traffic)
-    return Engine(slab, transfer, traffic, slots=max(2, slots), hot=hot, device=device, poison=poison)
+    return Engine(
+        slab,
+        transfer,
+        traffic,
+        slots=max(2, slots),
+        hot=hot,
+        device=device,
+        poison=poison,
+        expert_slots=expert_slots,
+    )
 
 
 def _transfer(slab: Slab, tier: str, device: torch.device) -> Callable[[Slab, Traffic], Transfer]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from charkha.backends.base import AdapterSpec, TraceRequest, TraceResult
+from charkha.caches import own_cache
 from charkha.errors import CharkhaError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
     `cache` is the folder of earlier ones; None: charkha's own. Takes 10 to 90 s the first time, and a GiB of host
     memory at most. Raises what `trace_here` raises, and CharkhaError when the child dies.
     """
-    stored = (cache or cache_folder()) / f"{cache_key(request)}.json"
-    if stored.exists():
-        return result_from_json(json.loads(stored.read_text(encoding="utf-8")))
+    known = remembered_memory(request, cache=cache)
+    if known is not None:
+        return known
     with tempfile.TemporaryDirectory(prefix="charkha-trace-") as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "result.json"
         asked.write_text(json.dumps(dataclasses.asdict(request)), encoding="utf-8")
@@ -54,8 +55,18 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
         result = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in result:
         raise _error_from_json(result["error"])
-    _store(stored, result)
+    _store(_stored(request, cache), result)
     return result_from_json(result)
+
+
+def remembered_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceResult | None:
+    """The result of an earlier trace of the same request under the same libraries; None where there is none."""
+    stored = _stored(request, cache)
+    return result_from_json(json.loads(stored.read_text(encoding="utf-8"))) if stored.exists() else None
+
+
+def _stored(request: TraceRequest, cache: Path | None) -> Path:
+    return (cache or own_cache() / "traces") / f"{cache_key(request)}.json"
 
 
 def trace_here(request: TraceRequest) -> TraceResult:
@@ -82,12 +93,6 @@ def trace_here(request: TraceRequest) -> TraceResult:
             remedy="plan it with the closed form",
         ) from error
     return dataclasses.replace(result, seconds=round(time.monotonic() - started, 2))
-
-
-def cache_folder() -> Path:
-    """Where traces are remembered: `$XDG_CACHE_HOME/charkha/traces`, by default under ~/.cache."""
-    wished = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one counts as none, says its specification
-    return (wished if wished.is_absolute() else Path.home() / ".cache") / "charkha" / "traces"
 
 
 def cache_key(request: TraceRequest) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
 from charkha.backends.torch.ranks import ALONE, Ranks, joined
 from charkha.backends.torch.streamed_model import engine_of
+from charkha.backends.torch.streamed_tables import weights_on_host
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
 from charkha.data.shards import Shard
 from charkha.errors import DoesNotFit, TrainingFailed
@@ -80,19 +81,20 @@ def train(
     PackingLeaks before the first step when the plan packs rows and this model would not keep their documents apart.
     """
     with joined(place or Place(), base.device) as ranks:
-        set_seed(plan.seed)  # before the adapter draws its first numbers: the same in every process
-        with device_errors_told(loading=True):
-            model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
-        with device_errors_told():
-            one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
-        micro_batches = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row, processes=ranks.count)
-        trainer = _new_trainer(model, base, plan, micro_batches, pad_id, store, ranks)
-        _adapters_in_fp32(model, adapter)
+        built = build(
+            base,
+            adapter,
+            plan,
+            train_shard=train_shard,
+            fingerprint=fingerprint,
+            pad_id=pad_id,
+            staging=store.staging,
+            record=record,
+            ranks=ranks,
+        )
+        model, trainer, micro_batches = built.model, built.trainer, built.micro_batches
         keeper = Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, steering, record, ranks)
-        with device_errors_told():
-            trainer.loss_way = choose_loss(model, plan.loss_head)
-        trainer.loraplus_ratio = adapter.loraplus_ratio
-        window = PeakWindow()
+        window = PeakWindow(micro_batches.largest_step_after_first(plan.total_steps))
         if base.device == "cpu" and ranks.is_first:
             trainer.add_callback(window)
         trainer.add_callback(keeper)
@@ -116,20 +118,63 @@ def train(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A loaded model with its adapter, and what trains it."""
+
+    model: Any
+    trainer: Any
+    micro_batches: MicroBatchPlan
+
+
+def build(
+    base: BaseModelSpec,
+    adapter: AdapterSpec,
+    plan: StepPlan,
+    *,
+    train_shard: Shard,
+    fingerprint: str,
+    pad_id: int,
+    staging: Path,
+    record: Recorder,
+    ranks: Ranks = ALONE,
+    choose: Callable[[MicroBatchPlan], MicroBatchPlan] = lambda whole: whole,
+) -> Built:
+    """Loads the base, attaches the adapter and makes the trainer of the run's micro batches, or of those chosen of it.
+
+    The trainer takes as many steps as `plan` says, or as there are chosen ones.
+    """
+    set_seed(plan.seed)  # before the adapter draws its first numbers: the same in every process
+    with device_errors_told(loading=True):
+        model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+    with device_errors_told():
+        one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
+    whole = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row, processes=ranks.count)
+    micro_batches = choose(whole)
+    if micro_batches is not whole:
+        plan = dataclasses.replace(plan, total_steps=micro_batches.steps_per_epoch)
+    trainer = _new_trainer(model, base, plan, micro_batches, pad_id, staging, ranks)
+    _adapters_in_fp32(model, adapter)
+    with device_errors_told():
+        trainer.loss_way = choose_loss(model, plan.loss_head)
+    trainer.loraplus_ratio = adapter.loraplus_ratio
+    return Built(model, trainer, micro_batches)
+
+
 def _new_trainer(
     model: Any,
     base: BaseModelSpec,
     plan: StepPlan,
     micro_batches: MicroBatchPlan,
     pad_id: int,
-    store: CheckpointStore,
+    staging: Path,
     ranks: Ranks,
 ) -> _Trainer:
     """TRL's trainer over this process's micro batches: every `ranks.count`-th one, of each step as many."""
     elements = range(ranks.rank, plan.total_steps * micro_batches.micro_batches_per_step, ranks.count)
     trainer = _Trainer(
         model=model,
-        args=sft_arguments(base, plan, micro_batches.micro_batches_per_step // ranks.count, store.staging),
+        args=sft_arguments(base, plan, micro_batches.micro_batches_per_step // ranks.count, staging),
         train_dataset=datasets.Dataset.from_dict({"element": elements}),
         data_collator=lambda rows: micro_batches.batch_of(rows[0]["element"], pad_id),
         processing_class=placeholder_tokenizer(),
@@ -306,4 +351,4 @@ def _unpacked_parameters(model: Any) -> int:
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8
         total += parameter.numel() * (2 if packed else 1)
-    return total
+    return total + weights_on_host(model)

@@ -1,5 +1,7 @@
 """How the bytes of one layer get from where they wait into a slot of the device, beside the computing.
 
+What moves is a unit of the slab: a decoder layer or one expert.
+
 - DiskToMemory    CPU: a thread reads the slab file straight into the slot
 - RamToDevice     CUDA: one copy per layer, on its own stream, from host RAM that is pinned in one piece
 - DiskToDevice    CUDA: a thread reads directly (past the page cache) into pinned buffers, and copies from there
@@ -24,14 +26,15 @@ from typing import Any, Protocol
 import torch
 
 from charkha.backends.torch.freed_memory import give_freed_memory_back
-from charkha.backends.torch.slabs import LAYER_ALIGNMENT, Slab, SlabLayer
+from charkha.backends.torch.slabs import LAYER_ALIGNMENT, Slab, SlabLayer, require_undamaged
 from charkha.errors import EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 _BOUNCE_BUFFERS = 2
+_HASHING_THREADS = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A buffer on the device that one layer at a time lies in. `generation` grows whenever it is given another."""
 
@@ -74,10 +77,14 @@ class Transfer(Protocol):
 
 
 class LayerReader:
-    """Reads whole layers of a slab file into memory, for one thread. Raises EnvironmentProblem for a short file."""
+    """Reads whole units of a slab file into memory, for one thread, each compared with its hash the first time.
+
+    Raises EnvironmentProblem for a short file, SlabDamaged for other bytes than were written.
+    """
 
     def __init__(self, slab: Slab, *, direct: bool = False) -> None:
         self._slab = slab
+        self._seen: set[int] = set()
         self.is_direct = False
         flag = getattr(os, "O_DIRECT", 0) if direct else 0
         try:
@@ -90,14 +97,22 @@ class LayerReader:
 
     def read(self, number: int, target: torch.Tensor) -> None:
         """Fills the beginning of `target` (uint8, host memory; aligned to 4096 bytes where reads are direct)."""
-        layer = self._slab.layers[number]
-        view = memoryview(target.numpy())[: layer.byte_count]
-        position = layer.offset
-        while len(view):
-            count = os.preadv(self._descriptor, [view], position)
+        view = self.read_unseen(number, target)
+        if number not in self._seen:
+            require_undamaged(self._slab, number, view)
+            self._seen.add(number)
+
+    def read_unseen(self, number: int, target: torch.Tensor) -> memoryview:
+        """Reads without looking at the hash; the unit's bytes in `target`."""
+        layer = self._slab.units[number]
+        whole = memoryview(target.numpy())[: layer.byte_count]
+        rest, position = whole, layer.offset
+        while len(rest):
+            count = os.preadv(self._descriptor, [rest], position)
             if not count:
                 raise EnvironmentProblem("ended while it was read", where=str(self._slab.path))
-            view, position = view[count:], position + count
+            rest, position = rest[count:], position + count
+        return whole
 
     def forget_cached(self, layer: SlabLayer) -> None:
         """Tells the system that these pages will not be read again soon."""
@@ -198,19 +213,25 @@ class RamToDevice(_DeviceCopies):
         self._slab = slab
         self._host = PinnedMemory(slab.total_bytes)
         reader = LayerReader(slab)
-        for number, layer in enumerate(slab.layers):
-            reader.read(number, self._of(layer))
-            reader.forget_cached(layer)  # or the base would be in RAM twice
+        # A disk reads faster than one core hashes; hashlib lets the others run.
+        with ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="charkha-hash") as hashing:
+            compared = []
+            for number, layer in enumerate(slab.units):
+                content = reader.read_unseen(number, self._of(layer))
+                compared.append(hashing.submit(require_undamaged, slab, number, content))
+                reader.forget_cached(layer)  # or the base would be in RAM twice
+            for each in compared:
+                each.result()
 
     def _of(self, layer: SlabLayer) -> torch.Tensor:
         return self._host.tensor[layer.offset : layer.offset + layer.byte_count]
 
     def fill(self, layer: int, target: torch.Tensor) -> None:
-        source = self._of(self._slab.layers[layer])
+        source = self._of(self._slab.units[layer])
         target[: source.numel()].copy_(source)
 
     def start(self, layer: int, slot: Slot) -> None:
-        self._copy(self._of(self._slab.layers[layer]), slot, self._done_event(slot))
+        self._copy(self._of(self._slab.units[layer]), slot, self._done_event(slot))
 
     def wait(self, slot: Slot) -> None:
         torch.cuda.current_stream().wait_event(slot.ready)
@@ -233,7 +254,7 @@ class DiskToDevice(_DeviceCopies):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="charkha-stream")
 
     def fill(self, layer: int, target: torch.Tensor) -> None:
-        size = self._slab.layers[layer].byte_count
+        size = self._slab.units[layer].byte_count
         with self._lock:
             self._emptied[0].synchronize()
             self._reader.read(layer, self._bounce[0])
@@ -248,7 +269,7 @@ class DiskToDevice(_DeviceCopies):
             turn, self._turn = self._turn, (self._turn + 1) % _BOUNCE_BUFFERS
             self._emptied[turn].synchronize()  # the copy out of this buffer, two layers ago; at once when never used
             self._reader.read(layer, self._bounce[turn])
-            self._copy(self._bounce[turn][: self._slab.layers[layer].byte_count], slot, done)
+            self._copy(self._bounce[turn][: self._slab.units[layer].byte_count], slot, done)
             self._emptied[turn].record(self._stream)
 
     def wait(self, slot: Slot) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from charkha.backends.base import TraceRequest
-from charkha.backends.torch.trace import trace_memory
+from charkha.backends.base import TraceRequest, TraceResult
+from charkha.backends.torch.trace import remembered_memory, trace_memory
 from charkha.config import Config
 from charkha.errors import CharkhaError
 from charkha.hardware.machine import Machine
@@ -35,6 +35,21 @@ def traced_peak(settings: MemorySettings, config: Config, base_config: Mapping[s
         result = trace_memory(_request(settings, config, base_config, machine))
     except CharkhaError as error:
         return Traced(f"the step could not be traced: {error.message}")
+    return _traced(result)
+
+
+def remembered_peak(
+    settings: MemorySettings, config: Config, base_config: Mapping[str, Any], machine: Machine
+) -> Traced:
+    """The same, where this very step was traced before on this computer; takes no time."""
+    why_not = _out_of_reach(settings)
+    result = None if why_not else remembered_memory(_request(settings, config, base_config, machine))
+    if result is None:
+        return Traced(why_not or "this step was not traced before; `charkha plan` traces it")
+    return _traced(result)
+
+
+def _traced(result: TraceResult) -> Traced:
     return Traced(
         None,
         allocated_bytes=result.peak_allocated_bytes,
