@@ -49,7 +49,7 @@ class PlannedSettings:
 
     settings: MemorySettings
     step: StepMemory
-    way: Way | None  # as the search judged it; None where the planner does not cover the base
+    way: Way  # as the search judged it
     reasons: tuple[str, ...]
 
 
@@ -103,11 +103,6 @@ def planned_settings(
     """What training holds for one micro batch of the longest rows, on each device of `machine`."""
     chooser.simple_defaults()
     reasons: list[str] = []
-    if architecture.learned_positions:
-        step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
-        settings = _placed_settings(config, model, architecture, machine, rows, step, reasons)
-        reasons.insert(0, fixed_values_note(f"what {architecture.model_type} keeps is not counted in full"))
-        return PlannedSettings(settings, step, None, (*reasons, *_not_carried_out(config)))
     open_keys = _open_keys(config)
     start = _placed_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
