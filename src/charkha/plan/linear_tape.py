@@ -180,7 +180,9 @@ class LinearTape:
         if settings.lora_dropout > 0:
             narrow = tape.cast(read, self.product_width) if settings.autocast else read
             unpacked = Tensor(layer.weights, narrow.width, needs_gradient=False)  # for the input's gradient
-            saves = (unpacked,) if narrow.width != settings.base_bytes or settings.quantization != "none" else ()
+            # PEFT casts the matrix to what is read, and autocast that copy to what is multiplied.
+            copied = {read.width, narrow.width} != {settings.base_bytes}
+            saves = (unpacked,) if copied or settings.quantization != "none" else ()
             base = tape.operator((narrow,), result.elements, narrow.width, saves=saves)
         lora = self._between(read, layer, read)
         wide = max(settings.trained_bytes, base.width)
