@@ -78,8 +78,8 @@ def read_published(path: Path) -> tuple[list[Published], list[tuple[Row, str]]]:
 def express(row: Row) -> Published:
     """The row as settings. Raises NotExpressible."""
     architecture = _architecture(row)
-    if "litgpt" in row["source"]:  # its models have one projection to query, key and value
-        architecture = replace(architecture, fused_projections=True)
+    if "litgpt" in row["source"]:
+        architecture = _with_one_projection(architecture)
     settings = _settings(row, architecture)
     mean = re.search(r"mean about (\d+) tokens", row["seq_kind"])
     return Published(
@@ -105,6 +105,15 @@ def _architecture(row: Row) -> Architecture:
         return read_architecture(config)
     except CharkhaError as error:
         raise NotExpressible(error.message) from None
+
+
+def _with_one_projection(architecture: Architecture) -> Architecture:
+    """As litgpt builds every model: query, key and value out of one linear layer (lit_gpt/model.py)."""
+    if architecture.fused_projections:
+        return architecture
+    query, key, value, *rest = architecture.linears
+    whole = replace(query, name="attn.qkv", outputs=query.outputs + key.outputs + value.outputs)
+    return replace(architecture, fused_projections=True, linears=(whole, *rest))
 
 
 def _settings(row: Row, architecture: Architecture) -> MemorySettings:
@@ -134,11 +143,19 @@ def _settings(row: Row, architecture: Architecture) -> MemorySettings:
         **_sharding(row),
         **_checkpointing(row),
         **_kernels(row, architecture),
+        kept_beside=_padded_updates(row, architecture),
     )
     gpu = _gpu(row)
     if gpu is not None and gpu.capability is not None and gpu.capability < (9, 0):
         settings = replace(settings, workspace_bytes=2 * 8_519_680)
     return settings
+
+
+def _padded_updates(row: Row, architecture: Architecture) -> int:
+    """Of query and value, whose updates litgpt pads with zeros by index_copy, which keeps them (lit_gpt/lora.py)."""
+    if "litgpt" not in row["source"] or row["method"] == "full" or row["lora_targets"] != "q v":
+        return 0
+    return architecture.query_size + architecture.key_value_size
 
 
 def _accumulation(row: Row) -> int:

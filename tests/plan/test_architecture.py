@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from charkha.errors import EnvironmentProblem
-from charkha.plan.architecture import UnknownArchitecture, read_architecture
+from charkha.plan.architecture import read_architecture
+from charkha.plan.config_keys import UnknownArchitecture
 from charkha.plan.popular_models import popular_config, popular_ids
 
 SHARED_CONFIGS = Path(__file__).resolve().parents[3] / "shared/model_configs"

@@ -57,7 +57,7 @@ def test_plan_and_train_decide_the_same(project: MakeProject, name: str) -> None
 def test_a_model_that_the_planner_does_not_know_is_trained_with_fixed_values(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from charkha.plan.architecture import UnknownArchitecture
+    from charkha.plan.config_keys import UnknownArchitecture
 
     def unknown(config: Any) -> Any:
         raise UnknownArchitecture("model_type 'new' is not one that charkha can plan for")

@@ -8,18 +8,21 @@ of transformers 5.23.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from charkha.errors import EnvironmentProblem
+from charkha.plan.config_keys import (
+    UnknownArchitecture,
+    experts_of,
+    has_softcap,
+    head_dim_of,
+    is_tied,
+    positions_of,
+    whole,
+    windows_of,
+)
 from charkha.plan.dialects import DIALECTS, in_known_words
 from charkha.plan.layers import Experts, Linear, Norm
-
-
-class UnknownArchitecture(EnvironmentProblem):
-    """The base cannot be described from its config.json, so nothing is planned for it rather than guessed."""
-
-    kind = "unknown_architecture"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Architecture:
     experts: Experts | None = None
     attention_sinks: int = 0  # of one layer, a learned number per head
     head_bias: bool = False
+    activation: str = ""  # of the MLP where it is made of several operators: gelu_new
+    dropout: bool = False  # after embedding, attention and MLP, and on attention's probabilities, while training
+    window: int = 0  # positions that some layers look back, where they do not look back to the first
+    windowed_layers: int = 0
     frozen_beside: int = 0  # parameters of a tower that text does not pass, such as vision
 
     @property
@@ -120,7 +127,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             where="config.json",
             remedy=f"covered are {', '.join(sorted({*_READERS, *DIALECTS}))}; training does not need a plan",
         )
-    return reader(config)
+    architecture = reader(config)
+    window, layers = windows_of(config, architecture.layers)
+    return replace(architecture, window=window, windowed_layers=layers)
 
 
 def _read_llama_like(config: Mapping[str, Any]) -> Architecture:
@@ -171,11 +180,11 @@ def _with_separate_projections(
     query_key_norms: bool,
     attention_sinks: bool = False,
 ) -> Architecture:
-    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-    kv_heads = _whole(config, "num_key_value_heads", heads)
-    head_dim = _head_dim(config, hidden, heads)
-    experts = _experts(config, hidden)
-    inner = experts.intermediate_size if experts else _whole(config, "intermediate_size")
+    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    kv_heads = whole(config, "num_key_value_heads", heads)
+    head_dim = head_dim_of(config, hidden, heads)
+    experts = experts_of(config, hidden)
+    inner = experts.intermediate_size if experts else whole(config, "intermediate_size")
     query, key = heads * head_dim, kv_heads * head_dim
     attention = (
         Linear("self_attn.q_proj", hidden, query, "attention_in", input_bias),
@@ -191,22 +200,22 @@ def _with_separate_projections(
     head_norms = (Norm("self_attn.q_norm", head_dim), Norm("self_attn.k_norm", head_dim)) if query_key_norms else ()
     return Architecture(
         model_type=str(config["model_type"]),
-        layers=_whole(config, "num_hidden_layers"),
+        layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=inner,
-        vocab_size=_whole(config, "vocab_size"),
-        max_positions=_positions(config),
-        tied_embeddings=_tied(config),
+        vocab_size=whole(config, "vocab_size"),
+        max_positions=positions_of(config),
+        tied_embeddings=is_tied(config),
         layers_path="model.layers",
         linears=attention if experts else attention + mlp,
         norms=tuple(Norm(name, hidden) for name in norms),
         final_norm=Norm("norm", hidden),
         query_key_norms=head_norms,
-        attention_softcap=_has_softcap(config, "attn_logit_softcapping"),
-        logit_softcap=_has_softcap(config, "final_logit_softcapping"),
+        attention_softcap=has_softcap(config, "attn_logit_softcapping"),
+        logit_softcap=has_softcap(config, "final_logit_softcapping"),
         experts=experts,
         attention_sinks=heads if attention_sinks else 0,
         frozen_beside=int(config.get("frozen_beside", 0)),
@@ -214,21 +223,21 @@ def _with_separate_projections(
 
 
 def _read_phi3(config: Mapping[str, Any]) -> Architecture:
-    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-    kv_heads, inner = _whole(config, "num_key_value_heads", heads), _whole(config, "intermediate_size")
-    head_dim = _head_dim(config, hidden, heads)
+    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    kv_heads, inner = whole(config, "num_key_value_heads", heads), whole(config, "intermediate_size")
+    head_dim = head_dim_of(config, hidden, heads)
     query, key = heads * head_dim, kv_heads * head_dim
     return Architecture(
         model_type="phi3",
-        layers=_whole(config, "num_hidden_layers"),
+        layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=inner,
-        vocab_size=_whole(config, "vocab_size"),
-        max_positions=_positions(config),
-        tied_embeddings=_tied(config),
+        vocab_size=whole(config, "vocab_size"),
+        max_positions=positions_of(config),
+        tied_embeddings=is_tied(config),
         layers_path="model.layers",
         linears=(
             Linear("self_attn.qkv_proj", hidden, query + 2 * key, "attention_in"),
@@ -243,7 +252,7 @@ def _read_phi3(config: Mapping[str, Any]) -> Architecture:
 
 
 def _read_falcon(config: Mapping[str, Any]) -> Architecture:
-    heads, new = _whole(config, "num_attention_heads"), bool(config.get("new_decoder_architecture", False))
+    heads, new = whole(config, "num_attention_heads"), bool(config.get("new_decoder_architecture", False))
     if config.get("alibi"):
         raise UnknownArchitecture("Falcon with ALiBi positions is not covered", where="config.json")
     # Falcon-7B says num_kv_heads 71 beside multi_query: outside the new architecture that means one shared head.
@@ -254,11 +263,11 @@ def _read_falcon(config: Mapping[str, Any]) -> Architecture:
         norms = ("ln_attn", "ln_mlp")
     elif not parallel:
         norms = ("input_layernorm", "post_attention_layernorm")
-    hidden = _whole(config, "hidden_size")
+    hidden = whole(config, "hidden_size")
     return _with_fused_attention(
         config,
-        kv_heads=1 if shared else _whole(config, "num_kv_heads", heads),
-        inner=_whole(config, "ffn_hidden_size", 4 * hidden),
+        kv_heads=1 if shared else whole(config, "num_kv_heads", heads),
+        inner=whole(config, "ffn_hidden_size", 4 * hidden),
         names=("transformer.h", "self_attention.query_key_value", "self_attention.dense", "ln_f"),
         norms=norms,
         bias=(bool(config.get("bias", False)), bool(config.get("bias", False))),
@@ -270,8 +279,8 @@ def _read_gpt_neox(config: Mapping[str, Any]) -> Architecture:
     """GPT-NeoX and Pythia; Phi 1 and 2 and MPT, with one norm or no biases."""
     return _with_fused_attention(
         config,
-        kv_heads=_whole(config, "num_attention_heads"),
-        inner=_whole(config, "intermediate_size"),
+        kv_heads=whole(config, "num_attention_heads"),
+        inner=whole(config, "intermediate_size"),
         names=("gpt_neox.layers", "attention.query_key_value", "attention.dense", "final_layer_norm"),
         norms=("input_layernorm",) if config.get("one_norm") else ("input_layernorm", "post_attention_layernorm"),
         bias=(bool(config.get("attention_bias", True)), bool(config.get("mlp_bias", True))),
@@ -290,24 +299,26 @@ def _with_fused_attention(
     parallel: bool,
     mlp: tuple[str, str] = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     learned_positions: int = 0,
+    activation: str = "",
+    dropout: bool = False,
 ) -> Architecture:
     """LayerNorm, one projection to query, key and value, and an MLP without gate."""
     path, projection, output, final_norm = names
-    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-    head_dim = _head_dim(config, hidden, heads)
+    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
+    head_dim = head_dim_of(config, hidden, heads)
     # With one norm in a parallel layer the MLP reads the very tensor that attention reads.
     mlp_reads: Any = "attention_in" if len(norms) == 1 else "mlp_in"
     return Architecture(
         model_type=str(config["model_type"]),
-        layers=_whole(config, "num_hidden_layers"),
+        layers=whole(config, "num_hidden_layers"),
         hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=inner,
-        vocab_size=_whole(config, "vocab_size"),
-        max_positions=learned_positions or _positions(config),
-        tied_embeddings=_tied(config),
+        vocab_size=whole(config, "vocab_size"),
+        max_positions=learned_positions or positions_of(config),
+        tied_embeddings=is_tied(config),
         layers_path=path,
         linears=(
             Linear(projection, hidden, (heads + 2 * kv_heads) * head_dim, "attention_in", bias[0]),
@@ -322,23 +333,27 @@ def _with_fused_attention(
         parallel=parallel,
         learned_positions=learned_positions,
         head_bias=bool(config.get("head_bias", False)),
+        activation=activation,
+        dropout=dropout,
     )
 
 
 def _read_gpt2(config: Mapping[str, Any]) -> Architecture:
     """GPT-2, and gpt_bigcode, whose heads may share one key and value."""
-    hidden, heads, positions = (_whole(config, key) for key in ("n_embd", "n_head", "n_positions"))
-    words = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": _whole(config, "n_layer")}
+    hidden, heads, positions = (whole(config, key) for key in ("n_embd", "n_head", "n_positions"))
+    words = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": whole(config, "n_layer")}
     return _with_fused_attention(
         {**config, **words},
         kv_heads=1 if config["model_type"] == "gpt_bigcode" and config.get("multi_query", True) else heads,
-        inner=_whole(config, "n_inner", 4 * hidden),
+        inner=whole(config, "n_inner", 4 * hidden),
         names=("transformer.h", "attn.c_attn", "attn.c_proj", "ln_f"),
         norms=("ln_1", "ln_2"),
         bias=(True, True),
         parallel=False,
         mlp=("mlp.c_fc", "mlp.c_proj"),
         learned_positions=positions,
+        activation=str(config.get("activation_function", "gelu_new")),
+        dropout=any(config.get(f"{part}_pdrop", 0.1) > 0 for part in ("attn", "embd", "resid")),
     )
 
 
@@ -351,43 +366,3 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "gpt_neox": _read_gpt_neox,
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _read_gpt2),
 }
-_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "falcon", "gpt2", "gpt_bigcode", "mpt"})
-_HEAD_DIM_BY_DEFAULT = {"gemma": 256, "gemma2": 256, "gemma3_text": 256}
-
-
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """The positive whole number under `key`; `default` where the key is absent or null."""
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UnknownArchitecture(f"{key} is {value!r}, not a positive whole number", where="config.json")
-    return value
-
-
-def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
-    default = _HEAD_DIM_BY_DEFAULT.get(str(config["model_type"]))
-    if default is None and hidden % heads and config.get("head_dim") is None:
-        raise UnknownArchitecture(f"hidden_size {hidden} is no multiple of {heads} heads", where="config.json")
-    return _whole(config, "head_dim", default or hidden // heads)
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    return None if config.get("max_position_embeddings") is None else _whole(config, "max_position_embeddings")
-
-
-def _tied(config: Mapping[str, Any]) -> bool:
-    value = config.get("tie_word_embeddings")
-    return config["model_type"] in _TIED_BY_DEFAULT if value is None else bool(value)
-
-
-def _has_softcap(config: Mapping[str, Any], key: str) -> bool:
-    """Gemma 2 caps unless told otherwise (null); other models only where a number stands there."""
-    return config.get(key, 1.0 if config["model_type"] == "gemma2" else None) is not None
-
-
-def _experts(config: Mapping[str, Any], hidden: int) -> Experts | None:
-    if config.get("num_experts") is None or config["model_type"] not in ("mixtral", "qwen3_moe", "gpt_oss"):
-        return None
-    counts = (_whole(config, "num_experts"), _whole(config, "num_experts_per_tok", 8))
-    return Experts(*counts, hidden, _whole(config, "moe_intermediate_size"), bias=config["model_type"] == "gpt_oss")

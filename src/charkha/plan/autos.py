@@ -23,10 +23,10 @@ from charkha.units import format_bytes
 MICRO_BATCH, CHECKPOINTING = "training.micro_batch_size", "training.gradient_checkpointing"
 LOSS_HEAD, OPTIMIZER = "training.loss_head", "training.optimizer"
 USUAL_OPTIMIZER, SMALL_OPTIMIZER = "adamw_torch_fused", "paged_adamw_8bit"
-# How far the closed form is off in nine of ten published runs whose settings are all known (docs/plan-accuracy.md:
-# class A, allocated), rounded up: what is picked leaves this much, and what needs less than this too much is tried.
+# The closed form is off by less in nine of ten published runs whose settings are all known (docs/plan-accuracy.md:
+# 6 % of what is allocated; what the allocator reserves is known more roughly): what is picked leaves this much free,
+# and what needs less than this too much is tried.
 PUBLISHED_ERROR = 0.12
-_INT8_ERROR = 0.25  # what int8 products keep is not counted, up to a quarter of the peak
 _AS_FAST = 1.03  # within this the speed model tells nothing apart
 _LARGEST_MICRO_BATCH = 1024  # of those looked at
 
@@ -165,10 +165,9 @@ def fit_of(candidate: Candidate) -> Fit:
     limit, needs = candidate.limit_bytes, candidate.memory.least
     if limit is None:
         return "unknown"
-    error = _INT8_ERROR if candidate.settings.quantization == "int8" else PUBLISHED_ERROR
     if not candidate.fits:  # what the host needs is known more roughly: too little of it stops nothing
-        return "near" if needs <= (1 + error) * limit else "too_much"
-    if (1 + error) * needs > limit:
+        return "near" if needs <= (1 + PUBLISHED_ERROR) * limit else "too_much"
+    if (1 + PUBLISHED_ERROR) * needs > limit:
         return "bare"
     unhindered = device_memory(candidate.preview, candidate.settings, None)
     return "roomy" if unhindered.device <= limit else "spare"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from charkha.plan.activations import norm_bytes
+from charkha.plan.activations import layer_memory, norm_bytes
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, LossKernel, MemorySettings
 
@@ -34,12 +34,13 @@ def with_the_loss_that_runs(settings: MemorySettings, architecture: Architecture
 
 def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     """What final norm, head and loss keep and need."""
+    width = layer_memory(architecture, settings).stream_width
     if settings.loss_head == "chunked":
-        return _chunked(architecture, settings)
-    return _whole(architecture, settings)
+        return _chunked(architecture, settings, width)
+    return _whole(architecture, settings, width)
 
 
-def _whole(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
+def _whole(architecture: Architecture, settings: MemorySettings, width: int) -> HeadMemory:
     """Logits of every trained position at once, the loss in fp32.
 
     Forward holds logits and log-probabilities, backward the latter and two gradients of their size. A head in training
@@ -48,7 +49,7 @@ def _whole(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     hidden = settings.loss_positions * architecture.hidden_size * settings.activation_bytes
     logits = settings.loss_positions * architecture.vocab_size
     matrix = architecture.vocab_size * architecture.hidden_size
-    saved = _final_norm(architecture, settings)
+    saved = _final_norm(architecture, settings, width)
     saved += logits * settings.activation_bytes if architecture.logit_softcap else 0
     head_backward = logits * settings.activation_bytes + hidden
     if settings.is_full:
@@ -87,33 +88,33 @@ _LOSS_BYTES: dict[LossKernel, tuple[int, int]] = {
 }
 
 
-def _chunked(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
+def _chunked(architecture: Architecture, settings: MemorySettings, width: int) -> HeadMemory:
     """Gradients of hidden states and head are made chunk by chunk during forward, so that backward needs no logits.
 
     This runs outside autocast: in the type of the head's weight, so there are no copies of it.
     """
-    hidden = settings.loss_positions * architecture.hidden_size * settings.residual_bytes
+    hidden = settings.loss_positions * architecture.hidden_size * width
     matrix = architecture.vocab_size * architecture.hidden_size if settings.is_full else 0
     gradients = hidden + settings.trained_bytes * matrix
     return HeadMemory(
-        saved=_final_norm(architecture, settings),
+        saved=_final_norm(architecture, settings, width),
         logits=0,
-        loss_forward=gradients + hidden + _one_chunk(architecture, settings, matrix),
+        loss_forward=gradients + hidden + _one_chunk(architecture, settings, matrix, width),
         loss_backward=gradients,
-        head_backward=gradients + settings.positions * architecture.hidden_size * settings.residual_bytes,
+        head_backward=gradients + settings.positions * architecture.hidden_size * width,
     )
 
 
-def _one_chunk(architecture: Architecture, settings: MemorySettings, trained_matrix: int) -> int:
+def _one_chunk(architecture: Architecture, settings: MemorySettings, trained_matrix: int, width: int) -> int:
     """Logits, their distance to the log-sum, and its exponential, beside the gradients of the chunk before, if any."""
     rows = max(1, CHUNK_BYTES // (FULL_BYTES * architecture.vocab_size))
     logits = min(rows, settings.loss_positions) * architecture.vocab_size
-    narrow = HALF_BYTES if settings.residual_bytes == HALF_BYTES else 0  # the exponential in the head's type
+    narrow = HALF_BYTES if width == HALF_BYTES else 0  # the exponential in the head's type
     before = FULL_BYTES + narrow if settings.loss_positions > rows else 0
     return max(logits * (3 * FULL_BYTES + before), logits * (2 * FULL_BYTES + narrow) + FULL_BYTES * trained_matrix)
 
 
-def _final_norm(architecture: Architecture, settings: MemorySettings) -> int:
+def _final_norm(architecture: Architecture, settings: MemorySettings, width: int) -> int:
     hidden = settings.positions * architecture.hidden_size
     is_trained = settings.is_full and not settings.fused_norms and architecture.final_norm.kind == "rms"
-    return hidden * (norm_bytes(architecture, settings) + (settings.residual_bytes if is_trained else 0))
+    return hidden * (norm_bytes(architecture, settings, width) + (width if is_trained else 0))

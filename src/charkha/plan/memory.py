@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from charkha.optimizers import KNOWN_OPTIMIZERS
 from charkha.plan.activations import LayerMemory, layer_memory
 from charkha.plan.architecture import Architecture
+from charkha.plan.attention_tape import is_masked
 from charkha.plan.loss_memory import HeadMemory, head_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.sharding import Shares, shares
@@ -47,7 +48,8 @@ class _Step:
         """What is there at every moment of the step."""
         settings = self.settings
         # Token ids, mask and labels in int64; a boolean mask over pairs of positions where rows are padded.
-        pairs = settings.positions * settings.tokens if settings.has_padding else 0
+        masked = settings.has_padding or is_masked(self.architecture, settings)
+        pairs = settings.positions * settings.tokens if masked else 0
         return {
             "base_weights": self.shares.base_weights,
             "adapter_weights": self.shares.adapter_weights,
@@ -86,6 +88,15 @@ class _Step:
             "logits_and_loss": self.head.logits,
             "weight_copies": layers * self.layer.weight_copies if self.settings.gradient_checkpointing else 0,
             "gathered_weights": self.shares.gathered_root,
+        }
+
+    def last_layer_forward(self) -> dict[str, int]:
+        """What the last layer needs while it runs."""
+        checkpointed = self.settings.gradient_checkpointing
+        return {
+            "activations": self.kept_layers(self.architecture.layers),
+            "temporaries": self.layer.forward_kept if checkpointed else self.layer.forward - self.layer.saved,
+            "gathered_weights": self.shares.gathered_root + self.shares.gathered_layer,
         }
 
     def loss(self) -> dict[str, int]:
@@ -153,11 +164,9 @@ class _Step:
 
     def layer_temporaries(self) -> int:
         """What one layer needs while its gradients are taken, beside what it kept."""
-        gradient_from_above = self.layer.input  # of the residual, which is as large everywhere
         if self.settings.gradient_checkpointing:
-            output = self.layer.input if self.settings.reentrant else 0
-            return gradient_from_above + output + self.layer.recomputed
-        return gradient_from_above + self.layer.backward_temporaries
+            return self.layer.recomputed
+        return self.layer.backward - self.layer.saved
 
 
 def preview_memory(architecture: Architecture, settings: MemorySettings) -> MemoryPreview:
@@ -189,6 +198,7 @@ def preview_memory(architecture: Architecture, settings: MemorySettings) -> Memo
 
 def _moments(step: _Step) -> dict[str, dict[str, int]]:
     return {
+        "forward of the last layer": step.last_layer_forward(),
         "end of the model's forward": step.forward(),
         "loss": step.loss(),
         "backward of the loss": step.loss_backward(),
@@ -213,10 +223,6 @@ def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, .
         notes.append("not measured on Apple GPUs")
     if settings.optimizer not in KNOWN_OPTIMIZERS:
         notes.append(f"optimizer {settings.optimizer} is counted as AdamW in 32 bits")
-    if architecture.learned_positions:
-        notes.append(f"{architecture.model_type}'s own dropout and activation function are not counted: it needs more")
-    if settings.quantization == "int8":
-        notes.append("int8: what its products keep is not counted, up to a quarter of the peak")
     if architecture.experts:
         notes.append("tokens are counted as spread evenly over the experts, which are quantized like linear layers")
     outside = targets_outside_layers(architecture, settings)

@@ -60,6 +60,7 @@ class MemorySettings:
     experts_in_turn: bool = False  # transformers before 5 ran one expert after another
     keys_repeated: bool = False  # older models repeat keys and values for every query head, whatever the kernel
     quantized_keeps_inputs: bool = False  # bitsandbytes before 0.43 kept what entered a frozen 4-bit layer
+    kept_beside: int = 0  # elements a position and layer that other training code keeps and transformers does not
     modules_to_save: tuple[str, ...] = ()  # trained whole beside the adapter
     num_virtual_tokens: int = 0
     strategy: Strategy = "single"

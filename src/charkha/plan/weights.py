@@ -33,12 +33,12 @@ def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) 
     """(codes, constants) of one layer's quantized matrices; (0, 0) where nothing is quantized.
 
     Only linear layers are quantized: in transformers 5 the experts of a mixture are packed in 3-D parameters, which
-    bitsandbytes passes by. Earlier versions had a linear layer per expert; those are counted as quantized here.
+    bitsandbytes passes by. Earlier versions, which ran experts in turn, had linear layers for each.
     """
     if settings.quantization == "none":
         return 0, 0
     matrices = [(linear.weights, linear.outputs) for linear in architecture.linears]
-    if architecture.experts:
+    if architecture.experts and settings.experts_in_turn:
         experts = architecture.experts
         one = (experts.hidden_size * experts.intermediate_size, experts.intermediate_size)
         matrices += [one] * (3 * experts.count)
@@ -53,7 +53,7 @@ def base_weight_bytes(architecture: Architecture, settings: MemorySettings) -> i
     if settings.quantization == "none":
         return settings.base_bytes * architecture.parameters
     codes, constants = quantized_layer_bytes(architecture, settings)
-    rest = architecture.parameters - architecture.layers * architecture.linear_weights
+    rest = architecture.parameters - architecture.layers * _quantized_weights(architecture, settings)
     return architecture.layers * (codes + constants) + settings.base_bytes * rest
 
 
@@ -62,7 +62,18 @@ def layer_weight_bytes(architecture: Architecture, settings: MemorySettings) -> 
     codes, constants = quantized_layer_bytes(architecture, settings)
     if not codes:
         return settings.activation_bytes * architecture.layer_parameters
-    return codes + constants + settings.base_bytes * (architecture.layer_parameters - architecture.linear_weights)
+    return (
+        codes
+        + constants
+        + settings.base_bytes * (architecture.layer_parameters - _quantized_weights(architecture, settings))
+    )
+
+
+def _quantized_weights(architecture: Architecture, settings: MemorySettings) -> int:
+    """Elements of one layer."""
+    if architecture.experts and not settings.experts_in_turn:
+        return sum(linear.weights for linear in architecture.linears)
+    return architecture.linear_weights
 
 
 def adapter_targets(architecture: Architecture, settings: MemorySettings) -> tuple[Linear, ...]:
@@ -76,6 +87,12 @@ def adapter_targets(architecture: Architecture, settings: MemorySettings) -> tup
         path = f"{architecture.layers_path}.0."
         return tuple(linear for linear in architecture.linears if re.fullmatch(wanted, path + linear.name))
     return tuple(linear for linear in architecture.linears if _is_named(linear.name, wanted))
+
+
+def adapts_experts(architecture: Architecture, settings: MemorySettings) -> bool:
+    """Whether PEFT's `all-linear` has LoRA on packed experts too, whose sum with the base is then made whole."""
+    packed = architecture.experts is not None and not settings.experts_in_turn
+    return packed and settings.method == "lora" and settings.target_modules == "all-linear"
 
 
 def _is_named(name: str, wanted: tuple[str, ...]) -> bool:
@@ -106,6 +123,12 @@ def adapter_parameters(architecture: Architecture, settings: MemorySettings) -> 
     in_layers = architecture.layers * sum(settings.r * (linear.inputs + linear.outputs) for linear in targets)
     if settings.method == "dora":
         in_layers += architecture.layers * sum(linear.outputs for linear in targets)
+    if adapts_experts(architecture, settings) and architecture.experts:
+        experts = architecture.experts  # gate and up are one matrix of twice the rank
+        one = (
+            2 * (experts.hidden_size + 2 * experts.intermediate_size) + experts.intermediate_size + experts.hidden_size
+        )
+        in_layers += architecture.layers * experts.count * settings.r * one
     on_head = any(target in _HEADS for target in targets_outside_layers(architecture, settings))
     return in_layers + (settings.r * (architecture.hidden_size + architecture.vocab_size) if on_head else 0)
 

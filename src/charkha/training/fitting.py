@@ -22,7 +22,7 @@ def require_memory(
     config: Config, architecture: Architecture, machine: Machine, rows: Rows, planned: PlannedSettings
 ) -> None:
     """Returns where the run fits, or might by the planner's own error. Raises DoesNotFit with what would fit."""
-    if planned.way is None or planned.way.fit != "too_much":
+    if planned.way.fit != "too_much":
         return
     raise DoesNotFit(
         f"the plan says that this run does not fit: {_figures(architecture, planned.way, machine)}",
@@ -33,7 +33,7 @@ def require_memory(
 
 def fit_note(architecture: Architecture, planned: PlannedSettings, machine: Machine) -> str | None:
     """What to say of a run that is begun with little room, or none by its plan."""
-    if planned.way is None or planned.way.fit in ("unknown", "roomy", "spare"):
+    if planned.way.fit in ("unknown", "roomy", "spare"):
         return None
     figures = _figures(architecture, planned.way, machine)
     if planned.way.fit == "bare":

@@ -26,7 +26,7 @@ from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
-from charkha.training.placing import PLACEMENT, streamed_note, unplanned_streaming
+from charkha.training.placing import PLACEMENT, streamed_note
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _OFFLOADS = ("optimizer", "parameters", "activations")
@@ -51,7 +51,7 @@ class PlannedSettings:
 
     settings: MemorySettings
     step: StepMemory
-    way: Way | None  # as the search judged it; None where the planner does not cover the base
+    way: Way  # as the search judged it
     reasons: tuple[str, ...]
 
 
@@ -112,12 +112,6 @@ def planned_settings(
     """What training holds for one micro batch of the longest rows, on each device of `machine`."""
     chooser.simple_defaults()
     reasons: list[str] = []
-    if architecture.learned_positions:
-        step = chosen_step(config, chooser, model, rows, architecture.parameters, architecture.vocab_size)
-        settings = _shared_settings(config, model, architecture, machine, rows, step, reasons)
-        settings = replace(settings, streamed=unplanned_streaming(config, chooser) is not None)
-        reasons.insert(0, fixed_values_note(f"what {architecture.model_type} keeps is not counted in full"))
-        return PlannedSettings(settings, step, None, (*reasons, *_not_carried_out(config)))
     open_keys = _open_keys(config)
     start = _shared_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())

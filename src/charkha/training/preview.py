@@ -51,8 +51,6 @@ def preview(
     base_config: Mapping[str, Any],
 ) -> Preview:
     """The same record as `charkha plan` gives, by a trace where this very step was traced before; it makes none."""
-    if planned.way is None:
-        return without_figures(planned.step, f"what {architecture.model_type} keeps is not counted in full")
     trace = remembered_peak(planned.settings, config, base_config, machine)
     record = plan_record(config, architecture, machine, rows, planned.way.candidate, trace)
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons]

@@ -5,8 +5,8 @@ autocast's list of fp32 operators) in the place of those it chooses for CPU tens
 keeps of them, then come from torch's own shape functions. `cuda_temporaries` names what a kernel takes and returns
 inside itself, which no shape function shows. Each figure says where in torch 2.13 or bitsandbytes 0.50 it is from.
 
-Not covered: math attention (no kernel takes the shapes), sort buffers of index and embedding gradients (some bytes a
-token), cuBLAS's own allocations beyond its workspace.
+Not covered: math attention for another reason than heads that differ in number, sort buffers of index and embedding
+gradients (some bytes a token), cuBLAS's own allocations beyond its workspace.
 """
 
 from __future__ import annotations
@@ -112,6 +112,12 @@ class CudaStandIns(TorchFunctionMode):  # type: ignore[misc]  # its base is unty
         """[batch, heads, tokens, head] through the kernel that sdp_utils.cpp would choose."""
         query, key, value = (_as_autocast(tensor) for tensor in (query, key, value))
         bias = None if attn_mask is None else _as_bias(attn_mask, query)
+        if query.shape[1] != key.shape[1] and not enable_gqa:  # no kernel takes it (sdp_utils_cpp.h)
+            with torch.autocast("cpu", enabled=False):
+                made = _aten._scaled_dot_product_attention_math(
+                    query, key, value, bias, dropout_p, is_causal, scale=scale
+                )
+            return made[0]
         chosen = self.kernel(query, value, masked=bias is not None)
         if chosen == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
