@@ -54,6 +54,11 @@ class ModelSection(Section):
         description="resident holds the base on the device; streamed brings its layers one by one from host RAM or "
         "disk, forward and again backward; auto streams what does not fit.",
     )
+    host_tables: Literal["auto", "none", "embedding", "both"] = Field(
+        "auto",
+        description="What of a streamed base stays on the host beside its layers: embedding, or both embedding and "
+        "head, which then passes through the device in blocks; auto takes what must for the rest to fit.",
+    )
 
 
 class AdapterSection(Section):

@@ -52,6 +52,29 @@ def test_stopped_and_resumed_ends_as_the_resident_run(project, model_folder):
     assert undisturbed.peak_memory_bytes - streamed.peak_memory_bytes == pytest.approx(saved, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("gemma3_text", "both"),  # tied, which loading draws random numbers for
+        pytest.param("llama", "both", marks=pytest.mark.long),
+        pytest.param("llama", "embedding", marks=pytest.mark.long),
+    ],
+)
+def test_tables_on_the_host_train_the_same_adapter_over_a_pause(project, model_folder, kind, tables):
+    work = project(model_folder(kind), model={"quantization": "nf4"}, training={"max_steps": 3}, data={"eval": None})
+    _, before = work.train(STREAMED, "model.host_tables=none", "training.loss_head=chunked", output="device")
+    first, seen = work.train(STREAMED, f"model.host_tables={tables}", output="host", stop_at=1)
+    assert first.status == "paused"
+    _, rest = work.train(STREAMED, output="host")  # auto on the command line; the run knows where they were
+    found = losses([*seen, *rest])
+    assert found.keys() == losses(before).keys()
+    assert found == pytest.approx(losses(before), rel=1e-5)  # a head in blocks adds up in another order
+    assert (json.loads((work.run_folder("host") / "plan.json").read_text()))["streaming"]["host_tables"] == tables
+    held = work.weights("host")
+    for name, weight in work.weights("device").items():
+        assert (held[name] - weight).abs().max() < 1e-3 * weight.abs().max()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon"])
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
