@@ -194,7 +194,9 @@ class TrainingSection(Section):
         "auto", description="Sequences in memory at once; the rest is accumulated. auto is the fastest that fits."
     )
     gradient_checkpointing: Literal["auto", "none", "full", "selective"] | bool = Field(
-        "auto", description="Recompute activations: less memory, a third more arithmetic; auto is none where that fits."
+        "auto",
+        description="Recompute activations: less memory, a third more arithmetic; selective keeps what attention's "
+        "kernel gives; auto is none where that fits.",
     )
     loss_head: Literal["auto", "full", "chunked"] = Field(
         "auto", description="full: all logits of a micro batch at once; chunked: a few; auto is the faster that fits."

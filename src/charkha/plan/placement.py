@@ -79,7 +79,7 @@ def _streamed(
     which fits best.
     """
     batch, asked, found = config.training.batch_size, config.model.host_tables, []
-    there = replace(settings, streamed=True, gradient_checkpointing=True, selective=False)
+    there = replace(settings, streamed=True, gradient_checkpointing=True)
     for tables in [asked] if asked != "auto" else open_tables(architecture, there, free):
         way = replace(there, host_tables=tables)
         if tables == "both" and way.loss_kernel == "own":

@@ -139,7 +139,11 @@ def planned_settings(
     if settings.streamed:
         reasons.append(streamed_note(architecture, settings))
     step = StepMemory(
-        settings.rows, settings.gradient_checkpointing, settings.loss_head, chooser.optimizer(settings.optimizer)
+        settings.rows,
+        settings.gradient_checkpointing,
+        settings.loss_head,
+        chooser.optimizer(settings.optimizer),
+        settings.selective,
     )
     return PlannedSettings(settings, step, picked.way, (*reasons, *_not_carried_out(config)))
 
@@ -191,6 +195,7 @@ def chosen_step(
         gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
         loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
+        selective=config.training.gradient_checkpointing == "selective",
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from charkha.backends.base import (
     AdapterSpec,
@@ -153,6 +154,9 @@ def build(
         model = load_base(_training_precision(base, adapter))
         # Before the adapter draws its first numbers, and after loading, which draws some for what it takes to be new.
         set_seed(plan.seed)
+        if plan.selective:
+            # On the model itself: TRL would put it on PEFT's wrapper, which transformers passes by.
+            enable_selective_activation_checkpointing(model)
         model = attach_adapter(model, adapter, plan.gradient_checkpointing)
     with device_errors_told():
         one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
