@@ -98,13 +98,53 @@ def test_every_family_and_method_through_the_trainer(project, model_folder, monk
     assert all_equal(work.weights("streamed"), work.weights("resident"))
 
 
+# Of shapes that bf16 products of experts can take.
+KINDS = {
+    "llama": {"num_hidden_layers": LAYERS},
+    "mixtral": {"num_hidden_layers": LAYERS, "intermediate_size": 176},
+    "qwen3_moe": {
+        "num_hidden_layers": LAYERS,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+}
+ON_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_dropout": 0.0}
+
+
 @pytest.mark.long
-def test_eval_chat_and_merge_of_a_streamed_run_are_those_of_a_resident_one(project, model_folder):
+@pytest.mark.parametrize(
+    ("kind", "model", "adapter"),
+    [
+        ("mixtral", {"quantization": "none", "dtype": "bf16"}, ON_ATTENTION),
+        ("qwen3_moe", {"quantization": "none"}, ON_ATTENTION),
+        ("llama", {"quantization": "int8", "dtype": "bf16"}, {}),
+        ("llama", {"quantization": "fp4"}, {}),
+    ],
+)
+def test_experts_and_other_storages_too_over_a_pause(project, model_folder, kind, model, adapter):
+    work = project(model_folder(kind, **KINDS[kind]), model=model, adapter=adapter)
+    _, before = work.train(RESIDENT, output="resident")
+    _, seen = work.train(STREAMED, output="streamed", stop_at=3)
+    _, rest = work.train(STREAMED, output="streamed")
+    assert losses([*seen, *rest]) == losses(before)
+    assert all_equal(work.weights("streamed"), work.weights("resident"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "quantization", "adapter"),
+    [("llama", "nf4", {}), ("llama", "int8", {}), ("mixtral", "none", ON_ATTENTION)],
+)
+def test_eval_chat_and_merge_of_a_streamed_run_are_those_of_a_resident_one(
+    project, model_folder, kind, quantization, adapter
+):
     from charkha.chatting import Conversation
     from charkha.evaluation import evaluate_run, open_run
     from charkha.verbs.merging import merge_run
 
-    work = project(model_folder("llama", num_hidden_layers=LAYERS), model={"quantization": "nf4"})
+    work = project(model_folder(kind, **KINDS[kind]), model={"quantization": quantization}, adapter=adapter)
     work.train(RESIDENT, output="resident")
     work.train(STREAMED, output="streamed")
     answers = {}
