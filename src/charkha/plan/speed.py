@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from charkha.hardware.catalog import Gpu
+from charkha.plan.activations import layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.optimizer_memory import optimizer_memory
@@ -194,6 +195,8 @@ def _gathered_seconds(architecture: Architecture, settings: MemorySettings, gpu:
     if settings.streamed:
         cold = max(0, architecture.layers - 2 - settings.streamed_resident_layers)
         seconds += 2.0 * cold * layer_weight_bytes(architecture, settings) / host
+    if "activations" in settings.offload and settings.gradient_checkpointing:
+        seconds += 2.0 * (architecture.layers - 1) * layer_memory(architecture, settings).input / host  # there and back
     if settings.processes == 1:
         return seconds
     link, others = gpu.link_bytes_per_s * _LINK_SHARE, (settings.processes - 1) / settings.processes

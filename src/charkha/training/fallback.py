@@ -20,6 +20,7 @@ _FILE = "fallback.json"
 _FIELDS = {
     "training.loss_head": "loss_head",
     "training.gradient_checkpointing": "gradient_checkpointing",
+    "devices.offload": "offload_activations",
     "training.micro_batch_size": "micro_batch_size",
 }
 
@@ -69,6 +70,7 @@ class _Step:
     micro_batch_size: int = 1
     gradient_checkpointing: bool = False
     loss_head: str = "full"
+    offload_activations: bool = False
 
 
 def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
@@ -86,6 +88,8 @@ def _changed(step: Step, changes: dict[str, Any]) -> Step:
         values["micro_batch_size"] = max(1, min(int(values["micro_batch_size"]), step.micro_batch_size))
     if "gradient_checkpointing" in values:
         values["gradient_checkpointing"] = values["gradient_checkpointing"] == "full" or step.gradient_checkpointing
+    if "offload_activations" in values:
+        values["offload_activations"] = values["offload_activations"] == "activations" or step.offload_activations
     return dataclasses.replace(step, **values)
 
 

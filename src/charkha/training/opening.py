@@ -126,7 +126,7 @@ def open_session(
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
-        memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
+        memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown), *chooser.offload_note())
     else:
         planned = planned_settings(config, chooser, model, architecture, machine, rows)
         step, short = planned.step, fit_note(architecture, planned, machine)

@@ -104,9 +104,10 @@ class ActivationOffload:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
         if tensor is not self._entering or isinstance(tensor, nn.Parameter) or not _is_dense(tensor):
             return tensor
+        alone: torch.Tensor = tensor.detach()  # without its graph, which is not ours to hold
         with torch.no_grad():
-            copy = self.copies.leave(tensor.detach())
-        self._leaving = (tensor.detach(), tensor._version, copy)
+            copy = self.copies.leave(alone)
+        self._leaving = (alone, alone._version, copy)
         kept = _Kept(self.copies, copy)
         self._in_order.append(weakref.ref(kept))
         self.moved += 1
@@ -191,7 +192,7 @@ def _begin_without_a_leaf(embedding: nn.Module) -> None:
     embedding.register_forward_hook(begin, prepend=True)
 
 
-class _Beginning(torch.autograd.Function):
+class _Beginning(torch.autograd.Function):  # type: ignore[misc]  # its base is untyped
     """The same numbers, with a place in the graph; gradients end here."""
 
     @staticmethod
@@ -210,4 +211,4 @@ def _is_dense(tensor: torch.Tensor) -> bool:
         if size != 1 and stride != expected:
             return False
         expected *= size
-    return tensor.numel() > 0
+    return bool(tensor.numel())
