@@ -102,7 +102,8 @@ class ActivationOffload:
             hooks.__exit__(None, None, None)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
-        if tensor is not self._entering or isinstance(tensor, nn.Parameter) or not _is_dense(tensor):
+        is_input = tensor is self._entering
+        if not is_input or isinstance(tensor, nn.Parameter) or not _is_dense(tensor):
             return tensor
         alone: torch.Tensor = tensor.detach()  # without its graph, which is not ours to hold
         with torch.no_grad():
