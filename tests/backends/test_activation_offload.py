@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 from streamed_steps import ALL_LINEAR, run_steps, same
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from charkha.backends.base import AdapterSpec, BaseModelSpec, Streaming
 from charkha.backends.torch.activation_offload import InputChanged, copies_for, offload_activations
@@ -38,7 +40,7 @@ def test_losses_gradients_and_weights_are_those_of_a_run_that_moves_nothing(mode
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "falcon", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon", "gpt2", "mixtral"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -46,8 +48,8 @@ def test_losses_gradients_and_weights_are_those_of_a_run_that_moves_nothing(mode
 def test_every_family_method_and_way_of_checkpointing(model_folder, kind, way, method, quantization, dtype):
     if (method, quantization) == ("full", "nf4") or (kind in ("gpt2", "mixtral") and method == "dora"):
         pytest.skip("not trained")
-    if kind == "mixtral" and quantization == "nf4":
-        pytest.skip("experts are quantized by another way")
+    if kind == "mixtral" and (quantization, dtype) != ("none", "fp32"):
+        pytest.skip("its tiny experts are not computed in 16 bits here")
     sizes = {} if kind == "gpt2" else {"num_hidden_layers": LAYERS}
     dropout = 0.0 if kind == "mixtral" else 0.1
     adapter = FULL if method == "full" else replace(ALL_LINEAR, method=method, lora_dropout=dropout)
