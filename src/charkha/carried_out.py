@@ -17,8 +17,16 @@ CARRIED_OUT: dict[str, tuple[object, ...]] = {
     "devices.strategy": ("auto", "single", "ddp"),
     "devices.hosts": ([],),
     "devices.shard_dtype": ("auto",),
-    "devices.offload": ("none",),
+    "devices.offload": ("none", "activations"),
     "devices.offload_to": ("cpu",),
+}
+
+
+# What comes nearest to such a value.
+_INSTEAD = {
+    "optimizer": "for optimizer states: training.optimizer paged_adamw_32bit or paged_adamw_8bit, paged to host memory",
+    "parameters": "for a frozen base: model.placement streamed, layer by layer from host memory or disk",
+    "nvme": "a base that host memory does not hold is read from the disk by model.placement streamed",
 }
 
 
@@ -30,7 +38,9 @@ def unsupported(config: Config) -> list[tuple[str, object, str]]:
         for part in key.split("."):
             value = getattr(value, part)
         if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
-            found.append((key, value, " or ".join(_yaml_word(known) for known in values)))
+            words = value if isinstance(value, list) else [value]
+            instead = [_INSTEAD[word] for word in words if key.startswith("devices.offload") and word in _INSTEAD]
+            found.append((key, value, "; ".join([" or ".join(_yaml_word(known) for known in values), *instead])))
     return found
 
 

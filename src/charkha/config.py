@@ -220,6 +220,9 @@ class TrainingSection(Section):
         return optimizer
 
 
+Offloaded = Literal["none", "optimizer", "parameters", "activations"]
+
+
 class DevicesSection(Section):
     """On what it runs."""
 
@@ -231,8 +234,23 @@ class DevicesSection(Section):
     )
     hosts: list[str] = Field(default_factory=list, description="Further hosts.")
     shard_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Type of sharded trainable weights.")
-    offload: str | list[str] = Field("none", description="none, optimizer, parameters, activations, or a list.")
+    offload: Offloaded | list[Offloaded] = Field(
+        "none",
+        description="What a GPU keeps in host memory until it is needed, or a list: activations are what gradient "
+        "checkpointing keeps.",
+    )
     offload_to: Literal["cpu", "nvme"] = Field("cpu", description="Where offloaded tensors go.")
+
+    @field_validator("offload")
+    @classmethod
+    def _offload_in_one_spelling(cls, offload: Offloaded | list[Offloaded]) -> Offloaded | list[Offloaded]:
+        names = sorted({offload} if isinstance(offload, str) else {*offload} - {"none"})
+        return names if len(names) > 1 else names[0] if names else "none"
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """What is to be kept in host memory; empty for none."""
+        return frozenset([self.offload] if isinstance(self.offload, str) else self.offload) - {"none"}
 
 
 class CheckpointSection(Section):

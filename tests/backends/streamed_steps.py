@@ -21,6 +21,7 @@ class Steps:
     weights: dict[str, Any]
     logits: Any
     model: Any
+    offload: Any = None  # what moved layer inputs, where they were moved
 
 
 def run_steps(
@@ -31,12 +32,16 @@ def run_steps(
     quantization: str = "nf4",
     dtype: Any = "fp32",
     reentrant: bool = False,
+    selective: bool = False,
+    offload: bool = False,
+    tokens: int = 12,
     steps: int = 2,
     prepare: Callable[[Any], None] = lambda engine: None,
 ) -> Steps:
     """Two micro batches a step; `prepare` is called with the engine of a streamed base before the first."""
     import torch
 
+    from charkha.backends.torch.activation_offload import copies_for, offload_activations
     from charkha.backends.torch.adapters import attach_adapter
     from charkha.backends.torch.model import load_base
     from charkha.backends.torch.streamed_model import engine_of
@@ -48,6 +53,11 @@ def run_steps(
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
+    moved = offload_activations(model, copies_for("cpu")) if offload else None
+    if selective:
+        from trl.models.selective_activation_checkpointing import enable_selective_activation_checkpointing
+
+        enable_selective_activation_checkpointing(model)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     if streaming is not None:
@@ -58,7 +68,7 @@ def run_steps(
     losses, gradients = [], []
     for _ in range(steps):
         for _ in range(2):
-            ids = torch.randint(3, 300, (2, 12))
+            ids = torch.randint(3, 300, (2, tokens))
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             losses.append(loss.item())
@@ -69,7 +79,7 @@ def run_steps(
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
     weights = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    return Steps(losses, gradients, weights, logits, model)
+    return Steps(losses, gradients, weights, logits, model, moved)
 
 
 def same(left: Steps, right: Steps) -> bool:

@@ -214,6 +214,26 @@ def test_what_is_offloaded_is_gone_from_the_card(offload):
     assert host_memory_bytes(LLAMA_8B, away, 0) > host_memory_bytes(LLAMA_8B, settings, 0)
 
 
+@pytest.mark.parametrize("selective", [False, True])
+def test_offloaded_inputs_are_counted_one_by_one(selective):
+    usual = dataclasses.replace(QLORA, gradient_checkpointing=True, selective=selective, rows=2, tokens=4096)
+    away = dataclasses.replace(usual, offload=frozenset({"activations"}))
+    kept, left = preview_memory(LLAMA_8B, usual).moments, preview_memory(LLAMA_8B, away).moments
+    an_input = 2 * 4096 * LLAMA_8B.hidden_size * 2  # rows, tokens, hidden, bf16
+    layers = LLAMA_8B.layers
+    assert kept["backward of the loss"] - left["backward of the loss"] == (layers - 1) * an_input
+    assert kept["backward of the last layer"] - left["backward of the last layer"] == (layers - 2) * an_input
+    assert kept["optimizer step"] == left["optimizer step"]
+    host = host_memory_bytes(LLAMA_8B, away, 0) - host_memory_bytes(LLAMA_8B, usual, 0)
+    assert host == (layers - 1) * an_input  # the last layer's stays
+
+
+def test_without_checkpointing_no_input_is_offloaded():
+    usual = dataclasses.replace(QLORA, gradient_checkpointing=False)
+    away = dataclasses.replace(usual, offload=frozenset({"activations"}))
+    assert preview_memory(LLAMA_8B, away).moments == preview_memory(LLAMA_8B, usual).moments
+
+
 def test_a_streamed_base_leaves_two_layers_on_the_card():
     settings = dataclasses.replace(QLORA, streamed=True)
     held = preview_memory(LLAMA_8B, settings).breakdown["base_weights"]

@@ -11,7 +11,7 @@ from charkha.hardware.machine import Machine
 from charkha.plan.architecture import read_architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
-from charkha.plan.search import evaluate, fallbacks, machines_that_fit, propose, variations
+from charkha.plan.search import evaluate, fallbacks, host_has_room, machines_that_fit, propose, variations
 from charkha.training.fallback import _changed, _Step
 
 LLAMA_8B = read_architecture(popular_config("meta-llama/Llama-3.1-8B"))
@@ -51,6 +51,49 @@ def test_a_base_is_streamed_only_where_nothing_else_fits() -> None:
     large = propose(LLAMA_70B, QLORA, machine("RTX 4090"))
     assert all(one.candidate.settings.streamed for one in large)
     assert large[0].changes["model.placement"] == "streamed"
+
+
+LONG = dataclasses.replace(QLORA, tokens=40960, loss_head="chunked")
+MOVED = frozenset({"activations"})
+
+
+def test_inputs_are_offloaded_only_where_nothing_else_fits_or_for_longer_rows() -> None:
+    usual = {one.name: one for one in propose(LLAMA_8B, QLORA, machine("RTX 4090"))}
+    assert not usual["fastest"].candidate.settings.offload
+    assert not usual["safest"].candidate.settings.offload
+    assert usual["longest_context"].changes["devices.offload"] == "activations"
+    for one in propose(LLAMA_8B, LONG, machine("RTX 4090")):
+        assert one.candidate.fits
+        assert one.changes["devices.offload"] == "activations"
+
+
+def test_inputs_are_offloaded_only_as_training_does_it() -> None:
+    for card, count in (("RTX 4090", 2), ("RTX 4090", 1)):
+        for one in variations(LONG, machine(card, count)):
+            assert one.strategy in ("single", "ddp") or not one.offload
+            assert one.gradient_checkpointing or not one.offload
+    on_cpu = dataclasses.replace(LONG, device="cpu")
+    assert not any(one.offload for one in variations(on_cpu, Machine("CPU", (), None)))
+
+
+def test_asked_for_offloading_is_given_up_by_name() -> None:
+    asked = dataclasses.replace(QLORA, offload=MOVED, gradient_checkpointing=True)
+    without = [one for one in variations(asked, machine("RTX 4090")) if not one.gradient_checkpointing]
+    assert without
+    assert not any(one.offload for one in without)
+    changes = [one.changes for one in propose(LLAMA_8B, asked, machine("H100"))]
+    assert {"none"} == {change["devices.offload"] for change in changes if "devices.offload" in change}
+
+
+def test_host_memory_decides_whether_inputs_are_a_fallback() -> None:
+    small, large = (dataclasses.replace(machine("RTX 4090"), ram_bytes=size << 30) for size in (8, 64))
+    assert [host_has_room(LLAMA_8B, LONG, one) for one in (small, large, machine("RTX 4090"))] == [False, True, False]
+    two_rows = dataclasses.replace(LONG, rows=2)
+    moved, halved = {"devices.offload": "activations"}, {"training.micro_batch_size": 1}
+    assert fallbacks(two_rows, host_has_room=True) == (moved, halved)
+    assert fallbacks(two_rows) == (halved,)
+    assert fallbacks(dataclasses.replace(two_rows, offload=MOVED), host_has_room=True) == (halved,)
+    assert fallbacks(dataclasses.replace(two_rows, device="cpu"), host_has_room=True) == (halved,)
 
 
 def test_nothing_is_proposed_where_nothing_fits() -> None:

@@ -138,6 +138,12 @@ def test_fallbacks_that_change_nothing_are_passed_over(run: RunFolder) -> None:
     assert next_fallback(run) == HALVED[0]
 
 
+def test_inputs_go_to_host_memory_before_micro_batches_shrink(run: RunFolder) -> None:
+    moved = {"devices.offload": "activations"}
+    run.write_json(run.path / "plan.json", {"fallbacks": [RECOMPUTED, moved, *HALVED]})
+    assert [next_fallback(run) for _ in range(3)] == [RECOMPUTED, moved, HALVED[0]]
+
+
 def test_a_run_of_an_earlier_version_goes_on_where_it_was(run: RunFolder) -> None:
     """It has no list, and remembers micro batches alone."""
     run.write_json(run.path / "fallback.json", {"micro_batch_size": 2, "reason": "out of GPU memory at 4"})

@@ -90,6 +90,7 @@ class StepPlan:
     trainer: dict[str, Any]  # further SFTConfig arguments
     packing: Packing | None = None  # batch_size and micro_batch_size then count packed rows
     selective: bool = False  # with gradient_checkpointing: what attention's kernel gives is kept and not made again
+    offload_activations: bool = False  # what gradient checkpointing keeps lies in host memory until backward
 
 
 class PeerGone(RuntimeError):
@@ -159,6 +160,7 @@ class TraceRequest:
     trained_tokens_per_row: int | None = None  # the last ones of each row; None: all
     accumulation_steps: int = 1
     gradient_checkpointing: Literal["none", "full", "selective"] = "none"
+    offload_activations: bool = False
     loss_head: str = "full"  # full | chunked
     optimizer: str = "adamw_torch_fused"
     weight_decay: float = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from charkha.plan.activations import layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory import MemoryPreview
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
@@ -88,8 +89,8 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
         optimizer = optimizer_memory(settings.optimizer, settings.trained_bytes, settings.device)
         total += int(trained * (optimizer.states + 2 * settings.trained_bytes))
     if "activations" in settings.offload:
-        kept = architecture.layers * settings.positions * architecture.hidden_size * settings.residual_bytes
-        total += settings.processes * kept
+        moved = architecture.layers - 1  # the last layer's input stays on the device
+        total += settings.processes * moved * layer_memory(architecture, settings).input
     if settings.streamed:
         total += waiting_bytes(architecture, settings)
         if settings.device == "cuda":  # a map of the base's files, which must be cached not to be read in every step

@@ -60,13 +60,16 @@ class _Step:
             "workspace": settings.workspace_bytes if settings.device == "cuda" else 0,
         }
 
-    def kept_layers(self, layers: int) -> int:
-        """Activations that `layers` layers keep: all of them, or with checkpointing only what entered each."""
+    def kept_layers(self, layers: int, *, inputs: int | None = None) -> int:
+        """Activations that `layers` layers keep: all of them, or with checkpointing only what entered each.
+
+        `inputs` is how many of those the device holds where they are offloaded: two, unless it is said.
+        """
         if not self.settings.gradient_checkpointing:
             return layers * self.layer.saved
-        if "activations" in self.settings.offload:
-            return min(layers, 2) * self.layer.kept  # one on its way to the host, one on its way back
-        return layers * self.layer.kept
+        if "activations" not in self.settings.offload:
+            return layers * self.layer.kept
+        return layers * (self.layer.kept - self.layer.input) + min(layers, inputs or 2) * self.layer.input
 
     def _kept_at_first_layer(self) -> int:
         """Of the layers that backward has been through, nothing; beside frozen shards what entered and its gradient.
@@ -84,7 +87,7 @@ class _Step:
         """The model's end: every activation, the logits, and autocast's 16-bit copies of all trained matrices."""
         layers = self.architecture.layers
         return {
-            "activations": self.kept_layers(layers) + self.head.saved,
+            "activations": self.kept_layers(layers, inputs=1) + self.head.saved,
             "logits_and_loss": self.head.logits,
             "weight_copies": layers * self.layer.weight_copies if self.settings.gradient_checkpointing else 0,
             "gathered_weights": self.shares.gathered_root,
@@ -129,6 +132,15 @@ class _Step:
             "gathered_weights": self.shares.gathered_root + self.shares.gathered_layer,
         }
 
+    def second_layer_backward(self) -> dict[str, int]:
+        """Where inputs are offloaded: two of them are there, as at the last layer, and all gradients but a layer's."""
+        first = self.first_layer_backward()
+        a_layer = self.shares.gradients // self.architecture.layers
+        if self.settings.is_full:
+            a_layer = self.settings.trained_bytes * self.architecture.layer_parameters
+        gradients = max(0, first["gradients"] - self._new_gradients(a_layer))
+        return first | {"activations": self.kept_layers(2), "gradients": gradients}
+
     def embedding_backward(self) -> dict[str, int]:
         """The embedding's gradient is dense; with a tied head it, the head's and their sum exist for a moment."""
         width = self.settings.trained_bytes if self.settings.is_full else 0
@@ -149,7 +161,7 @@ class _Step:
 
     def _all_activations_and(self, logits_and_loss: int) -> dict[str, int]:
         return {
-            "activations": self.kept_layers(self.architecture.layers) + self.head.saved,
+            "activations": self.kept_layers(self.architecture.layers, inputs=1) + self.head.saved,
             "logits_and_loss": logits_and_loss,
             "gathered_weights": self.shares.gathered_root,
         }
@@ -197,6 +209,7 @@ def preview_memory(architecture: Architecture, settings: MemorySettings) -> Memo
 
 
 def _moments(step: _Step) -> dict[str, dict[str, int]]:
+    offloaded = step.settings.gradient_checkpointing and "activations" in step.settings.offload
     return {
         "forward of the last layer": step.last_layer_forward(),
         "end of the model's forward": step.forward(),
@@ -204,6 +217,7 @@ def _moments(step: _Step) -> dict[str, dict[str, int]]:
         "backward of the loss": step.loss_backward(),
         "backward of the head": step.head_backward(),
         "backward of the last layer": step.last_layer_backward(),
+        **({"backward of the second layer": step.second_layer_backward()} if offloaded else {}),
         "backward of the first layer": step.first_layer_backward(),
         "backward of the embedding": step.embedding_backward(),
         "optimizer step": step.optimizer_step(),

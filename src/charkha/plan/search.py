@@ -7,7 +7,7 @@ of the base, micro batch, checkpointing, loss head, optimizer, resident or strea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,12 +89,10 @@ def propose(
     With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
     """
     candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine, rows)]
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    # A streamed base costs time and host memory: it is proposed where nothing else fits, or where it was asked for.
-    if not settings.streamed and any(not candidate.settings.streamed for candidate in fitting):
-        fitting = [candidate for candidate in fitting if not candidate.settings.streamed]
+    fitting = _without(_is_streamed, [candidate for candidate in candidates if candidate.fits], settings)
     if not fitting:
         return ()
+    offloaded, fitting = fitting, _without(_is_offloaded, fitting, settings)
     batch = settings.rows * settings.accumulation_steps * settings.processes
 
     def pace(candidate: Candidate) -> float:
@@ -105,12 +103,28 @@ def propose(
     fastest = max(fitting, key=pace)
     roomy = [one for one in fitting if one.memory.least <= (1 - _HEADROOM) * (one.limit_bytes or math.inf)]
     safest = max(roomy, key=pace, default=min(fitting, key=lambda one: one.memory.least))
-    longest = _longest(architecture, fitting, machine)
+    longest = _longest(architecture, offloaded, machine)
     return (
         _proposal("fastest", fastest, settings, "the most tokens per second of all settings tried that fit"),
         _proposal("safest", safest, settings, _safe_reason(safest)),
         _proposal("longest_context", longest, settings, f"rows of up to {longest.settings.tokens} tokens fit"),
     )
+
+
+def _is_streamed(settings: MemorySettings) -> bool:
+    return settings.streamed
+
+
+def _is_offloaded(settings: MemorySettings) -> bool:
+    return "activations" in settings.offload
+
+
+def _without(
+    costly: Callable[[MemorySettings], bool], fitting: list[Candidate], asked: MemorySettings
+) -> list[Candidate]:
+    """What costs time and host memory is proposed where nothing else fits, or where it was asked for."""
+    cheaper = [candidate for candidate in fitting if not costly(candidate.settings)]
+    return fitting if costly(asked) or not cheaper else cheaper
 
 
 def _safe_reason(candidate: Candidate) -> str:
@@ -153,9 +167,25 @@ def _of_one_shape(settings: MemorySettings, machine: Machine) -> Iterable[Memory
                         "optimizer": optimizer,
                         "upcast_unquantized": settings.upcast_unquantized and storage != "none",
                     }
-                    yield replace(settings, **changed)
-                    if not settings.is_full and machine.gpu and checkpointing and head == "chunked":
-                        yield replace(settings, **changed, streamed=True)
+                    if not checkpointing:  # then nothing is kept that could be moved
+                        changed["offload"] = settings.offload - {"activations"}
+                    yield from _placed(replace(settings, **changed), machine)
+
+
+def _placed(settings: MemorySettings, machine: Machine) -> Iterator[MemorySettings]:
+    """As it is; and where memory is short enough for chunks and recomputing, what the host may hold of it."""
+    yield settings
+    if not (machine.gpu and settings.gradient_checkpointing and settings.loss_head == "chunked"):
+        return
+    streamed = [] if settings.is_full else [replace(settings, streamed=True)]
+    yield from streamed
+    if trains_offloaded(settings) and not _is_offloaded(settings) and not settings.selective:
+        yield from (replace(one, offload=one.offload | {"activations"}) for one in (settings, *streamed))
+
+
+def trains_offloaded(settings: MemorySettings) -> bool:
+    """Whether training moves layer inputs to the host: on GPUs that hold the whole model each."""
+    return settings.device == "cuda" and settings.strategy in ("single", "ddp")
 
 
 def _strategies(settings: MemorySettings, machine: Machine) -> list[tuple[Any, int]]:
@@ -219,29 +249,45 @@ def _proposal(name: str, candidate: Candidate, asked: MemorySettings, reason: st
     if (found.gradient_checkpointing, found.selective) != (asked.gradient_checkpointing, asked.selective):
         kind = "selective" if found.selective else "full" if found.gradient_checkpointing else "none"
         changes["training.gradient_checkpointing"] = kind
+    if found.offload != asked.offload:
+        names = sorted(found.offload)
+        changes["devices.offload"] = names if len(names) > 1 else (names or ["none"])[0]
     if found.streamed != asked.streamed:
         changes["model.placement"] = "streamed" if found.streamed else "resident"
     return Proposal(name, changes, candidate, reason)
 
 
-def fallbacks(settings: MemorySettings) -> tuple[dict[str, Any], ...]:
-    """Changes to make one after another when memory runs out all the same; none changes what is learned."""
+def fallbacks(settings: MemorySettings, *, host_has_room: bool = False) -> tuple[dict[str, Any], ...]:
+    """Changes to make one after another when memory runs out all the same; none changes what is learned.
+
+    `host_has_room` is whether host memory could take what checkpointing keeps.
+    """
     no_chunks = settings.loss_kernel != "own"
     head = "chunked" if no_chunks else settings.loss_head
-    return fallback_steps(head, settings.gradient_checkpointing and not settings.selective, settings.rows)
+    offload = host_has_room and trains_offloaded(settings) and not _is_offloaded(settings)
+    recomputes = settings.gradient_checkpointing and not settings.selective
+    return fallback_steps(head, recomputes, settings.rows, offload=offload)
 
 
-def fallback_steps(loss_head: str, recomputes: bool, rows: int) -> tuple[dict[str, Any], ...]:
+def fallback_steps(loss_head: str, recomputes: bool, rows: int, *, offload: bool = False) -> tuple[dict[str, Any], ...]:
     """The same of a step whose memory is not counted; `recomputes` is whether all of a layer is run again already."""
     steps: list[dict[str, Any]] = []
     if loss_head == "full":
         steps.append({"training.loss_head": "chunked"})
     if not recomputes:
         steps.append({"training.gradient_checkpointing": "full"})
+    if offload:  # hidden behind arithmetic where smaller micro batches are not
+        steps.append({"devices.offload": "activations"})
     while rows > 1:
         rows //= 2
         steps.append({"training.micro_batch_size": rows})
     return tuple(steps)
+
+
+def host_has_room(architecture: Architecture, settings: MemorySettings, machine: Machine) -> bool:
+    """Whether host memory is known to take the inputs of all layers beside everything else."""
+    away = replace(settings, gradient_checkpointing=True, offload=settings.offload | {"activations"})
+    return machine.ram_bytes is not None and host_memory_bytes(architecture, away, 0) <= machine.ram_bytes
 
 
 def machines_that_fit(architecture: Architecture, settings: MemorySettings) -> tuple[tuple[int, str], ...]:

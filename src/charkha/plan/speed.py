@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from charkha.hardware.catalog import Gpu
+from charkha.plan.activations import layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.optimizer_memory import optimizer_memory
@@ -192,6 +193,8 @@ def _gathered_seconds(architecture: Architecture, settings: MemorySettings, gpu:
     passes = 2 + (1 if settings.gradient_checkpointing and not settings.is_full else 0)
     host = gpu.pcie_bytes_per_s * _LINK_SHARE
     seconds = 0.0
+    if "activations" in settings.offload and settings.gradient_checkpointing:
+        seconds += 2.0 * (architecture.layers - 1) * layer_memory(architecture, settings).input / host  # there and back
     if settings.processes == 1:
         return seconds
     link, others = gpu.link_bytes_per_s * _LINK_SHARE, (settings.processes - 1) / settings.processes

@@ -195,8 +195,8 @@ class Chooser:
 
     def gradient_checkpointing(self, longest_row: int, parameters: int) -> bool:
         asked = self._config.training.gradient_checkpointing
-        if self._config.model.placement == "streamed":
-            return self._checkpointing_of_streamed(asked)
+        if self.recomputes_in_any_case:
+            return self._checkpointing_needed(asked)
         if asked in ("full", "selective", True):
             return True
         if asked in ("none", False):
@@ -205,12 +205,34 @@ class Chooser:
         reason = "a large base or long rows" if wanted else "a base under 0.5 B parameters and rows up to 2048 tokens"
         return self._choose("training.gradient_checkpointing", "full" if wanted else "none", reason) == "full"
 
-    def _checkpointing_of_streamed(self, asked: str | bool) -> bool:
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what checkpointing keeps is moved to host memory. A CPU or an Apple GPU has no other memory."""
+        return "activations" in self._config.devices.offloaded and self._facts.device == "cuda"
+
+    def offload_note(self) -> list[str]:
+        """A line where activations are in host memory without being moved there."""
+        if self.offloads_activations or "activations" not in self._config.devices.offloaded:
+            return []
+        return [f"devices.offload: activations moves nothing here: {self._facts.name} has no memory but the host's"]
+
+    @property
+    def recomputes_in_any_case(self) -> bool:
+        """Whether something else in the config needs checkpointing."""
+        return self._config.model.placement == "streamed" or self.offloads_activations
+
+    def _checkpointing_needed(self, asked: str | bool) -> bool:
+        streamed = self._config.model.placement == "streamed"
         if asked in ("none", False):
-            reason = "a streamed base brings each layer back for the backward pass, which begins by running it again"
+            brought = "a streamed base brings each layer back for the backward pass, which begins by running it again"
+            reason = brought if streamed else "devices.offload activations moves what checkpointing keeps"
+            raise _refused("training.gradient_checkpointing", asked, reason, "full")
+        if asked == "selective" and self.offloads_activations:
+            reason = "it keeps on the device, layer by layer, as much as devices.offload activations moves away"
             raise _refused("training.gradient_checkpointing", asked, reason, "full")
         if asked == "auto":
-            self._choose("training.gradient_checkpointing", "full", "a streamed base runs each layer twice")
+            why = "a streamed base runs each layer twice" if streamed else "what it keeps is offloaded"
+            self._choose("training.gradient_checkpointing", "full", why)
         return True
 
     def loss_head(self, micro_batch_size: int, longest_row: int, vocabulary: int) -> str:
@@ -277,6 +299,7 @@ class StepMemory:
     loss_head: str  # full | chunked
     optimizer: str
     selective: bool = False  # with checkpointing: what attention's kernel gives is kept and not made again
+    offload_activations: bool = False
 
 
 def step_plan(
@@ -313,6 +336,7 @@ def step_plan(
         checkpoints_kept=config.checkpoint.keep,
         trainer=dict(config.trainer),
         packing=packing,
+        offload_activations=memory.offload_activations,
     )
 
 

@@ -15,7 +15,7 @@ from charkha.training.opening import Observer, Session
 from charkha.training.provenance import package_versions
 
 # Changing these does not change which weights come out, so a run may go on with other values.
-_FREE_KEYS = ("checkpoint", "guard", "cost", "report_to", "output")
+_FREE_KEYS = ("checkpoint", "guard", "cost", "report_to", "output", "devices.offload", "devices.offload_to")
 # Other values of these are another path from here on, but the state that was saved still fits.
 _ACCEPTABLE = frozenset(
     {
@@ -83,7 +83,7 @@ def _settings(session: Session) -> list[Difference]:
     return [
         Difference(f"{name}: {old!r} in the run, {new!r} now", name in _ACCEPTABLE)
         for name, old, new in _differences(before, now)
-        if name.partition(".")[0] not in _FREE_KEYS
+        if not {name, name.partition(".")[0]} & {*_FREE_KEYS}
     ]
 
 

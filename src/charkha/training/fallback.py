@@ -20,6 +20,7 @@ _FILE = "fallback.json"
 _FIELDS = {
     "training.loss_head": "loss_head",
     "training.gradient_checkpointing": "gradient_checkpointing",
+    "devices.offload": "offload_activations",
     "training.micro_batch_size": "micro_batch_size",
 }
 
@@ -71,6 +72,7 @@ class _Step:
     gradient_checkpointing: bool = False
     loss_head: str = "full"
     selective: bool = False
+    offload_activations: bool = False
 
 
 def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
@@ -91,6 +93,8 @@ def _changed(step: Step, changes: dict[str, Any]) -> Step:
         recomputes = values["gradient_checkpointing"] == "full"
         values["gradient_checkpointing"] = recomputes or step.gradient_checkpointing
         values["selective"] = step.selective and not recomputes
+    if "offload_activations" in values:
+        values["offload_activations"] = values["offload_activations"] == "activations" or step.offload_activations
     return dataclasses.replace(step, **values)
 
 

@@ -128,7 +128,7 @@ def open_session(
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
         base = replace(base, streaming=unplanned_streaming(config, chooser))
-        memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
+        memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown), *chooser.offload_note())
     else:
         planned = planned_settings(config, chooser, model, architecture, machine, rows)
         step, short = planned.step, fit_note(architecture, planned, machine)

@@ -14,7 +14,7 @@ from charkha.plan.history import PUBLISHED_P90
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
-from charkha.plan.search import Candidate, fallbacks
+from charkha.plan.search import Candidate, fallbacks, host_has_room
 from charkha.training.planned_streaming import streamed_plan
 from charkha.training.planned_trace import Traced
 from charkha.units import format_bytes
@@ -54,7 +54,7 @@ def plan_record(
         "host_ram_bytes": host,
         "disk_bytes": disk,
         "settings": _settings_record(settings),
-        "fallbacks": list(fallbacks(settings)),
+        "fallbacks": list(fallbacks(settings, host_has_room=host_has_room(architecture, settings, machine))),
     }
     streamed = streamed_plan(architecture, found, machine, host)
     record["streaming"] = streamed.record if streamed else None

@@ -29,7 +29,6 @@ from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemo
 from charkha.training.placing import PLACEMENT, streamed_note, take_tables
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
-_OFFLOADS = ("optimizer", "parameters", "activations")
 _WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # of the architectures covered, in transformers 5.23
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -123,8 +122,9 @@ def planned_settings(
     """What training holds for one micro batch of the longest rows, on each device of `machine`."""
     chooser.simple_defaults()
     reasons: list[str] = []
-    open_keys = _open_keys(config)
-    start = _shared_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
+    open_keys = _open_keys(config, chooser)
+    leanest = _leanest(config, model, chooser)
+    start = _shared_settings(config, model, architecture, machine, rows, leanest, reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
     placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
     picked, settings = placed.picked, placed.picked.way.settings
@@ -134,7 +134,7 @@ def planned_settings(
     for key, value in _values(settings).items():
         if key in open_keys:
             chooser.take(key, value, picked.reasons[key])
-    if config.model.placement == "streamed":
+    if chooser.recomputes_in_any_case:
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
     if settings.streamed:
         reasons.append(streamed_note(architecture, settings))
@@ -143,9 +143,11 @@ def planned_settings(
         settings.gradient_checkpointing,
         settings.loss_head,
         chooser.optimizer(settings.optimizer),
-        settings.selective,
+        selective=settings.selective,
+        offload_activations=chooser.offloads_activations,
     )
-    return PlannedSettings(settings, step, picked.way, (*reasons, *_not_carried_out(config)))
+    notes = (*reasons, *chooser.offload_note(), *_not_carried_out(config))
+    return PlannedSettings(settings, step, picked.way, notes)
 
 
 def fixed_values_note(why: str) -> str:
@@ -153,10 +155,10 @@ def fixed_values_note(why: str) -> str:
     return f"micro batch, checkpointing, loss head and optimizer are fixed values where they are auto: {why}"
 
 
-def _open_keys(config: Config) -> frozenset[str]:
+def _open_keys(config: Config, chooser: Chooser) -> frozenset[str]:
     """The keys of memory and speed that are `auto` and that nothing else decides."""
     training = config.training
-    taken = {CHECKPOINTING} if config.model.placement == "streamed" else set()
+    taken = {CHECKPOINTING} if chooser.recomputes_in_any_case else set()
     taken |= {LOSS_HEAD} if training.fused_kernels == "liger" else set()
     names = (MICRO_BATCH, CHECKPOINTING, LOSS_HEAD, OPTIMIZER)
     return frozenset(key for key in names if getattr(training, key.partition(".")[2]) == "auto") - taken
@@ -171,7 +173,7 @@ def _values(settings: MemorySettings) -> dict[str, str | int]:
     }
 
 
-def _leanest(config: Config, model: ModelChoices) -> StepMemory:
+def _leanest(config: Config, model: ModelChoices, chooser: Chooser) -> StepMemory:
     """What the config says, and where it says auto what needs least."""
     training = config.training
     asked, micro = training.gradient_checkpointing, training.micro_batch_size
@@ -181,6 +183,7 @@ def _leanest(config: Config, model: ModelChoices) -> StepMemory:
         gradient_checkpointing=asked in ("auto", "full", "selective", True),
         loss_head="chunked" if training.loss_head == "auto" else training.loss_head,
         optimizer=USUAL_OPTIMIZER if training.optimizer == "auto" else training.optimizer,
+        offload_activations=chooser.offloads_activations,
     )
 
 
@@ -195,6 +198,7 @@ def chosen_step(
         gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
         loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
+        offload_activations=chooser.offloads_activations,
         selective=config.training.gradient_checkpointing == "selective",
     )
 
@@ -247,7 +251,7 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         modules_to_save=tuple(adapter.modules_to_save),
         num_virtual_tokens=adapter.num_virtual_tokens if adapter.method == "prompt_tuning" else 0,
         processes=model.processes,
-        offload=_offload(config),
+        offload=config.devices.offloaded - (frozenset() if step.offload_activations else {"activations"}),
         casts_tables=model.is_cast,
         workspace_bytes=_workspace(machine),
     )
@@ -283,16 +287,6 @@ def _method(config: Config) -> Method:
 def _targets(config: Config) -> str | tuple[str, ...]:
     wanted = config.adapter.target_modules
     return wanted if isinstance(wanted, str) else tuple(wanted)
-
-
-def _offload(config: Config) -> frozenset[str]:
-    wish = config.devices.offload
-    names = [wish] if isinstance(wish, str) else wish
-    unknown = [name for name in names if name not in (*_OFFLOADS, "none")]
-    if unknown:
-        problem = ConfigProblem("devices.offload", f"{unknown[0]!r} is none of {', '.join(_OFFLOADS)}, none")
-        raise ConfigError("config", [problem])
-    return frozenset(names) - {"none"}
 
 
 def _workspace(machine: Machine) -> int:

@@ -65,8 +65,10 @@ def _out_of_reach(settings: MemorySettings) -> str | None:
         return "several devices are counted in closed form"
     if settings.device == "mps":
         return "Apple GPUs are counted in closed form"
-    if settings.streamed or settings.offload:
-        return "a streamed base and offloading are counted in closed form"
+    if settings.streamed:
+        return "a streamed base is counted in closed form"
+    if settings.offload - {"activations"}:
+        return "offloaded optimizers and parameters are counted in closed form"
     if settings.fused_norms or settings.fused_mlp:
         return "fused kernels are counted in closed form"
     return None
@@ -95,6 +97,7 @@ def _request(
         trained_tokens_per_row=None if trained is None else -(-trained // settings.rows),
         accumulation_steps=settings.accumulation_steps,
         gradient_checkpointing="selective" if settings.selective else checkpointing,
+        offload_activations="activations" in settings.offload,
         loss_head=settings.loss_head,
         optimizer=settings.optimizer,
         weight_decay=config.training.weight_decay,

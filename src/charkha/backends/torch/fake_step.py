@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.graph import _engine_run_backward
 
 from charkha.backends.base import TraceRequest
+from charkha.backends.torch.activation_offload import offload_activations
 from charkha.backends.torch.base_config import torch_dtype
 from charkha.backends.torch.batches import IGNORED
 from charkha.backends.torch.cuda_kernels import (
@@ -28,6 +29,7 @@ from charkha.backends.torch.cuda_kernels import (
 from charkha.backends.torch.fake_attention import use_planned_attention
 from charkha.backends.torch.fake_model import weight_tensors
 from charkha.backends.torch.fake_optimizer import make_optimizer, paged_states
+from charkha.backends.torch.host_copies import Copy, HostCopies, PageableMemory
 from charkha.backends.torch.loss import causal_model, choose_loss, training_loss
 from charkha.backends.torch.recorder import Recorder
 
@@ -42,6 +44,8 @@ def run_steps(model: Any, request: TraceRequest, recorder: Recorder) -> int:
     one_row = use_planned_attention(model, request)
     _hold_weights(model, request, recorder)
     _autocast(model, request)
+    if request.offload_activations:
+        offload_activations(model, _FakeCopies(recorder))
     way = choose_loss(model, request.loss_head, head_alone=_head_alone)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, request)
@@ -57,6 +61,28 @@ def run_steps(model: Any, request: TraceRequest, recorder: Recorder) -> int:
         for number in range(STEPS):
             step.run(f"step {number + 1}", optimizer, trained)
     return _count(trained)
+
+
+class _FakeCopies(HostCopies):
+    """What leaves the device is gone, and what comes back is counted; host memory is not the device's."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._fake_mode: Any = None
+
+    def leave(self, tensor: torch.Tensor) -> Copy:
+        self._fake_mode = getattr(tensor, "fake_mode", self._fake_mode)
+        return Copy(PageableMemory(0), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, 0)
+
+    def bring(self, copy: Copy) -> torch.Tensor:
+        with self._fake_mode:
+            made = torch.empty_strided(copy.shape, copy.stride, dtype=copy.dtype, device=copy.device)
+        self._recorder.hold(made, "activations")
+        return made
+
+    def forget(self, copy: Copy) -> None:
+        """There is nothing to forget."""
 
 
 def _backward(loss: torch.Tensor) -> None:

@@ -36,6 +36,7 @@ from charkha.backends.base import (
     TrainOutcome,
 )
 from charkha.backends.torch import state as saved_state
+from charkha.backends.torch.activation_offload import copies_for, offload_activations
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
 from charkha.backends.torch.copy_watch import CopyWatch, where_layers_wait
@@ -166,6 +167,8 @@ def build(
         plan = dataclasses.replace(plan, total_steps=micro_batches.steps_per_epoch)
     trainer = _new_trainer(model, base, plan, micro_batches, pad_id, staging, ranks)
     _adapters_in_fp32(model, adapter)
+    if plan.offload_activations:
+        offload_activations(model, copies_for(base.device))
     with device_errors_told():
         trainer.loss_way = choose_loss(model, plan.loss_head)
     trainer.loraplus_ratio = adapter.loraplus_ratio

@@ -61,6 +61,7 @@ def sft_arguments(base: BaseModelSpec, plan: StepPlan, accumulation: int, stagin
         "use_cpu": base.device == "cpu",
         "activation_checkpointing": plan.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "activation_offloading": False,  # devices.offload; TRL's moves more than checkpointing keeps
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "packing": False,
@@ -88,7 +89,7 @@ def _checked(extra: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             problems.append(ConfigProblem(name, "is not an argument of TRL's SFTConfig"))
         elif key in ours:
-            remedy = "use the key of the training or data section"
+            remedy = "use the key of the training, data or devices section"
             problems.append(ConfigProblem(name, "is set by charkha", remedy=remedy))
         elif key in _WITHOUT_EFFECT or key.startswith(_WITHOUT_EFFECT_BEGIN):
             reason = (
