@@ -52,7 +52,7 @@ class ModelSection(Section):
     placement: Literal["auto", "resident", "streamed"] = Field(
         "auto",
         description="resident holds the base on the device; streamed brings its layers one by one from host RAM or "
-        "disk, forward and again backward.",
+        "disk, forward and again backward; auto streams what does not fit.",
     )
 
 

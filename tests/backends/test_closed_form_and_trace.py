@@ -192,8 +192,8 @@ def test_the_closed_form_says_what_the_trace_finds_of_inputs_in_host_memory(cell
     require_agreement(cell)
     kept = replace(cell, checkpointing="full")
     config = cell.config()
-    # Two layers' inputs of four are gone at the peak, or nothing where it is the optimizer's; and what the embedding gave
-    # with its gradient, which a graph without offloading holds as a leaf and the closed form does not count.
+    # Two layers' inputs of four are gone at the peak, or nothing where it is the optimizer's; and what the embedding
+    # gave with its gradient, which a graph without offloading holds as a leaf and the closed form does not count.
     found = kept.traced_bytes(config) - cell.traced_bytes(config)
     planned = kept.predicted_bytes(config) - cell.predicted_bytes(config)
     an_input = 4096 * SHAPE["hidden_size"] * 2

@@ -17,6 +17,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate
+from charkha.plan.streamed import hot_layer_bytes, moved_bytes
 from charkha.units import format_bytes
 
 MICRO_BATCH, CHECKPOINTING = "training.micro_batch_size", "training.gradient_checkpointing"
@@ -32,6 +33,7 @@ _LARGEST_MICRO_BATCH = 1024  # of those looked at
 # roomy: with blocks of the allocator that longer rows outgrow, and the published error; spare: with the error alone;
 # bare: by the figures as they are; near: too much by less than the error; too_much: by more. unknown: no limit known.
 Fit = Literal["roomy", "spare", "bare", "near", "too_much", "unknown"]
+FITTING: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare")
 _ORDER: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare", "near", "too_much")
 
 
@@ -50,6 +52,7 @@ class Way:
     candidate: Candidate
     seconds: float
     fit: Fit
+    spare_bytes: int = 0  # of layers of a streamed base that stay because there is room
 
     @property
     def settings(self) -> MemorySettings:
@@ -58,7 +61,7 @@ class Way:
     @property
     def needs(self) -> int:
         """Bytes that the device must have."""
-        return self.candidate.memory.least
+        return self.candidate.memory.least - self.spare_bytes
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,27 @@ class Picked:
 
 
 def pick(
-    architecture: Architecture, settings: MemorySettings, free: Free, machine: Machine, rows: Rows, batch_size: int
+    architecture: Architecture,
+    settings: MemorySettings,
+    free: Free,
+    machine: Machine,
+    rows: Rows,
+    batch_size: int,
+    completed: Callable[[MemorySettings], MemorySettings] = lambda way: way,
 ) -> Picked:
     """The fastest way that fits with room to spare, or with as much as there is; else the one that needs least.
 
     Only keys in `free` differ from `settings`; batch and rows are the same in all. Of ways that are as fast as one
-    another the one that computes nothing twice is taken, then the one that needs least.
+    another the one that computes nothing twice is taken, then the one that streams least, then the one that needs
+    least. `completed` decides what else a way holds (the layers of a streamed base that stay).
     """
 
-    def judged(candidate: MemorySettings) -> Way:
+    def judged(way: MemorySettings) -> Way:
+        candidate = completed(way)
         found = evaluate(architecture, candidate, machine)
-        return Way(found, epoch_seconds(architecture, candidate, machine, rows, batch_size), fit_of(found))
+        seconds = epoch_seconds(architecture, candidate, machine, rows, batch_size)
+        stays = hot_layer_bytes(architecture, candidate) * candidate.streamed_resident_layers
+        return Way(found, seconds, _fit_of_way(found), stays)
 
     found = [judged(way) for way in ways(settings, free, rows, batch_size)]
     usual = [way for way in found if way.settings.optimizer != SMALL_OPTIMIZER or OPTIMIZER not in free.keys]
@@ -92,8 +105,17 @@ def pick(
     else:
         slowest = _AS_FAST * min(way.seconds for way in equal)
         as_fast = [way for way in equal if way.seconds <= slowest]
-        taken = min(as_fast, key=lambda way: (way.settings.gradient_checkpointing, way.needs))
+        taken = min(
+            as_fast,
+            key=lambda way: (way.settings.gradient_checkpointing, _streamed_bytes(architecture, way), way.needs),
+        )
     return Picked(taken, _reasons(taken, found, free, judged))
+
+
+def _streamed_bytes(architecture: Architecture, way: Way) -> int:
+    """Copied in an optimizer step; nothing of a resident base."""
+    settings = way.settings
+    return settings.accumulation_steps * moved_bytes(architecture, settings) if settings.streamed else 0
 
 
 def ways(settings: MemorySettings, free: Free, rows: Rows, batch_size: int) -> Iterator[MemorySettings]:
@@ -130,6 +152,12 @@ def with_rows(settings: MemorySettings, size: int, rows: Rows, batch_size: int) 
 def divisors(batch: int) -> list[int]:
     """Sizes that fill every micro batch of a step equally."""
     return [size for size in range(1, min(batch, _LARGEST_MICRO_BATCH) + 1) if batch % size == 0]
+
+
+def _fit_of_way(candidate: Candidate) -> Fit:
+    """Of a streamed base a larger micro batch is worth more than room for blocks that the allocator can give back."""
+    fit = fit_of(candidate)
+    return "spare" if candidate.settings.streamed and fit == "roomy" else fit
 
 
 def fit_of(candidate: Candidate) -> Fit:
@@ -170,7 +198,8 @@ def _why_rows(taken: Way, found: list[Way]) -> str:
 
 
 def _beside_rows(settings: MemorySettings) -> MemorySettings:
-    return replace(settings, rows=1, accumulation_steps=1, trained_positions=None)
+    shape = replace(settings, rows=1, accumulation_steps=1, trained_positions=None)
+    return replace(shape, streamed_slots=2, streamed_resident_layers=0)  # as many as there is room for
 
 
 def _compared(other: Way, taken: Way) -> str:

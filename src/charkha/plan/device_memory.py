@@ -13,7 +13,8 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.memory import MemoryPreview
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.optimizer_memory import optimizer_memory
-from charkha.plan.weights import adapter_parameters, base_weight_bytes, layer_weight_bytes, trainable_parameters
+from charkha.plan.streamed import slab_bytes, waiting_bytes
+from charkha.plan.weights import adapter_parameters, base_weight_bytes, trainable_parameters
 
 _GIB = 2**30
 CONTEXT_BYTES = int(0.45 * _GIB)  # driver, kernels and libraries of one process, outside the allocator
@@ -91,8 +92,7 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
         moved = architecture.layers - 1  # the last layer's input stays on the device
         total += settings.processes * moved * layer_memory(architecture, settings).input
     if settings.streamed:
-        cold = max(0, architecture.layers - 2 - settings.streamed_resident_layers)
-        total += cold * layer_weight_bytes(architecture, settings)
+        total += waiting_bytes(architecture, settings)
     return total
 
 
@@ -106,8 +106,11 @@ def checkpoint_bytes(architecture: Architecture, settings: MemorySettings) -> in
 def disk_bytes(
     architecture: Architecture, settings: MemorySettings, *, dataset_tokens: int, checkpoints_kept: int
 ) -> int:
-    """What the run writes: checkpoints (one more than is kept, while it is being written), tokens, adapter or model."""
+    """What the run writes: checkpoints (one more than is kept, while it is being written), tokens, adapter or model,
+    and the slab of a streamed base, which other runs of the same base use too.
+    """
     final = adapter_parameters(architecture, settings) * FULL_BYTES
     if settings.is_full:
         final = architecture.parameters * (HALF_BYTES if settings.is_narrow else FULL_BYTES)
-    return (checkpoints_kept + 1) * checkpoint_bytes(architecture, settings) + 5 * dataset_tokens + final
+    slab = slab_bytes(architecture, settings) if settings.streamed else 0
+    return (checkpoints_kept + 1) * checkpoint_bytes(architecture, settings) + 5 * dataset_tokens + final + slab

@@ -69,7 +69,9 @@ class MemorySettings:
     offload: frozenset[str] = frozenset()  # optimizer, parameters, activations
     workspace_bytes: int = 32 * 2**20  # what torch gives cuBLAS on Hopper, once; older GPUs get about 8 MiB
     streamed: bool = False  # the frozen base comes layer by layer from host memory or disk
-    streamed_resident_layers: int = 0
+    streamed_resident_layers: int = 0  # of it, those that stay on the device
+    streamed_slots: int = 2  # buffers of one layer each that the others take turns in
+    streamed_from: Literal["ram", "disk"] = "ram"  # where the others wait
 
     @property
     def positions(self) -> int:

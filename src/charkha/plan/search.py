@@ -19,7 +19,8 @@ from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
-from charkha.plan.speed import StepTime, step_time
+from charkha.plan.speed import StepTime
+from charkha.plan.streamed_time import streamed_step_time
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
 _LONGEST_LOOKED_AT = 2**20
@@ -62,7 +63,7 @@ def evaluate(architecture: Architecture, settings: MemorySettings, machine: Mach
     limit = limit_of(architecture, settings, machine)
     preview = preview_memory(architecture, settings)
     memory = device_memory(preview, settings, limit)
-    time = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops)
+    time = streamed_step_time(architecture, settings, machine)
     host = host_memory_bytes(architecture, settings, 0) if machine.ram_bytes and machine.gpu else 0
     host_fits = host <= (machine.ram_bytes or host)
     fits = (limit is None or memory.least <= limit) and host_fits

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan, Streaming
+from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem, EnvironmentProblem
 from charkha.optimizers import BITSANDBYTES_OPTIMIZERS
@@ -116,13 +116,6 @@ class Chooser:
         if self._config.adapter.method == "full":
             raise _refused("adapter.method", "full", f"the base's files are stored in {stored}", "lora")
         return self._choose("model.quantization", stored, f"the base's files are stored in {stored}")
-
-    def streaming(self) -> Streaming | None:
-        """How the base is streamed; None where it is resident. How many layers stay is for a planner to say: none."""
-        asked = self._config.model.placement
-        if asked == "auto":
-            self._choose("model.placement", "resident", "the whole base is held on the device")
-        return Streaming() if asked == "streamed" else None
 
     def _flash_attention_missing(self, dtype: str) -> str | None:
         """Why FlashAttention 2 cannot be used here; None when it can (Ampere or newer, 16-bit types, package)."""

@@ -10,21 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from charkha.backends.base import Dtype, Streaming
+from charkha.backends.base import Dtype
 from charkha.carried_out import CARRIED_OUT, unsupported
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
-from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way, pick
+from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way
 from charkha.plan.base_checks import stored_quantization
-from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory_settings import MemorySettings, Method, Strategy
 from charkha.plan.packing_support import BY_MASK
+from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
+from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
+from charkha.training.placing import PLACEMENT, streamed_note
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # of the architectures covered, in transformers 5.23
@@ -38,8 +40,8 @@ class ModelChoices:
     attention: str
     quantization: str
     processes: int
-    streaming: Streaming | None
     model_type: str  # as config.json has it
+    cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,17 @@ def choose_model(
     return ModelChoices(
         dtype=dtype,
         attention=chooser.attention(dtype, without if kernels is None else kernels),
-        quantization=chooser.quantization(stored_quantization(base_config)),
-        processes=_processes(config, chooser, machine),
-        streaming=chooser.streaming(),
+        quantization=(quantization := chooser.quantization(stored_quantization(base_config))),
+        processes=(processes := _processes(config, chooser, machine)),
         model_type=model_type,
+        cannot_stream=why_not_streamed(
+            base_config,
+            config.adapter.method,
+            quantization,
+            _targets(config),
+            processes=processes,
+            device=machine.device,
+        ),
     )
 
 
@@ -104,15 +113,19 @@ def planned_settings(
     reasons: list[str] = []
     open_keys = _open_keys(config, chooser)
     leanest = _leanest(config, model, chooser)
-    start = _placed_settings(config, model, architecture, machine, rows, leanest, reasons)
+    start = _shared_settings(config, model, architecture, machine, rows, leanest, reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
-    picked = pick(architecture, start, free, machine, rows, config.training.batch_size)
-    settings = picked.way.settings
+    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
+    picked, settings = placed.picked, placed.picked.way.settings
+    if placed.reason is not None:
+        chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
     for key, value in _values(settings).items():
         if key in open_keys:
             chooser.take(key, value, picked.reasons[key])
     if chooser.recomputes_in_any_case:
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
+    if settings.streamed:
+        reasons.append(streamed_note(architecture, settings))
     step = StepMemory(
         settings.rows,
         settings.gradient_checkpointing,
@@ -176,7 +189,7 @@ def chosen_step(
     )
 
 
-def _placed_settings(
+def _shared_settings(
     config: Config,
     model: ModelChoices,
     architecture: Architecture,
@@ -185,10 +198,9 @@ def _placed_settings(
     step: StepMemory,
     reasons: list[str],
 ) -> MemorySettings:
-    """The settings of that step, and how devices and host share it out; what was decided there goes to `reasons`."""
+    """The settings of that step, and how devices share it out; what was decided there goes to `reasons`."""
     settings = with_the_loss_that_runs(_settings(config, model, machine, rows, step), architecture)
-    settings = _shared_out(settings, config, architecture, machine, reasons)
-    return _placed(settings, architecture, machine, reasons)
+    return _shared_out(settings, config, architecture, machine, reasons)
 
 
 def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows, step: StepMemory) -> MemorySettings:
@@ -227,7 +239,6 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         processes=model.processes,
         offload=config.devices.offloaded - (frozenset() if step.offload_activations else {"activations"}),
         workspace_bytes=_workspace(machine),
-        streamed=model.streaming is not None and adapter.method != "full",
     )
 
 
@@ -291,32 +302,6 @@ def _shared_out(
 def _with_hooks(settings: MemorySettings) -> MemorySettings:
     """FSDP beside frozen weights as it was measured in published runs, which all had the hooks that keep inputs."""
     return replace(settings, hooks_keep_inputs=settings.strategy == "fsdp" and not settings.is_full)
-
-
-def _placed(
-    settings: MemorySettings, architecture: Architecture, machine: Machine, reasons: list[str]
-) -> MemorySettings:
-    """A streamed base with as many layers on the device as fit; on this computer none stay, as training does it."""
-    if not settings.streamed or machine.here:
-        return settings
-    resident = most_resident_layers(architecture, settings, machine)
-    reasons.append(f"model.placement: streamed ({resident} of {architecture.layers} layers stay on the device)")
-    return replace(settings, streamed_resident_layers=resident)
-
-
-def most_resident_layers(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int:
-    """How many layers of a streamed base fit beside everything else."""
-    low, high = 0, architecture.layers - 2
-    while low < high:
-        middle = (low + high + 1) // 2
-        memory: DeviceMemory = evaluate(
-            architecture, replace(settings, streamed_resident_layers=middle), replace(machine, ram_bytes=None)
-        ).memory
-        if machine.gpu and memory.least <= machine.gpu.memory_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _not_carried_out(config: Config) -> list[str]:

@@ -38,6 +38,7 @@ from charkha.backends.torch import state as saved_state
 from charkha.backends.torch.activation_offload import copies_for, offload_activations
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
+from charkha.backends.torch.copy_watch import CopyWatch, where_layers_wait
 from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.keeper import Keeper
 from charkha.backends.torch.loss import choose_loss, training_loss
@@ -98,6 +99,10 @@ def train(
         window = PeakWindow(micro_batches.largest_step_after_first(plan.total_steps))
         if base.device == "cpu" and ranks.is_first:
             trainer.add_callback(window)
+        engine = engine_of(model)
+        if engine is not None:
+            record("note", text=where_layers_wait(engine))
+            trainer.add_callback(CopyWatch(engine, record, base.streaming))
         trainer.add_callback(keeper)
         ranks.take_from_first(parameter for _name, parameter in saved_state.trainable(model))
         _draw_apart(plan.seed, ranks)

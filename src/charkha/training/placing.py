@@ -1,0 +1,46 @@
+"""A plan's placement of the base in the words of the backend, and of the person."""
+
+from __future__ import annotations
+
+from charkha.backends.base import Streaming
+from charkha.config import Config
+from charkha.hardware.machine import Machine
+from charkha.plan.architecture import Architecture
+from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.streamed import buffer_bytes, cold_layers, hot_layer_bytes
+from charkha.plan.streamed_time import copying, link_of
+from charkha.training.choices import Chooser
+from charkha.units import format_bytes
+
+PLACEMENT = "model.placement"
+
+
+def streaming_of(architecture: Architecture, settings: MemorySettings, machine: Machine) -> Streaming | None:
+    """The settings' part that the engine takes; None for a resident base. Of a CPU no share is expected."""
+    if not settings.streamed:
+        return None
+    expected = None
+    if machine.gpu is not None:
+        rate = link_of(machine, settings).bytes_per_second
+        expected = copying(architecture, settings, machine, rate).hidden_share
+    return Streaming(settings.streamed_slots, settings.streamed_resident_layers, expected_hidden_share=expected)
+
+
+def unplanned_streaming(config: Config, chooser: Chooser) -> Streaming | None:
+    """For a base that the planner does not know: resident, unless streaming is asked for; then no layer stays."""
+    asked = config.model.placement
+    if asked == "auto":
+        chooser.take(PLACEMENT, "resident", "what this base needs is not known")
+    return Streaming() if asked == "streamed" else None
+
+
+def streamed_note(architecture: Architecture, settings: MemorySettings) -> str:
+    """Where the layers of a streamed base are, and what that takes."""
+    stay, slots, of = settings.streamed_resident_layers, settings.streamed_slots, architecture.layers
+    waits = "on the disk" if settings.streamed_from == "disk" or settings.device == "cpu" else "in host memory"
+    held = format_bytes(buffer_bytes(architecture, settings))
+    waiting = format_bytes(cold_layers(architecture, settings) * hot_layer_bytes(architecture, settings))
+    return (
+        f"streamed base: {stay} of {of} layers stay on the device, the others ({waiting}) wait {waits} and pass "
+        f"through {slots} slots; layers that stay and slots are {held}"
+    )
