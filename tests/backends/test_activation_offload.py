@@ -17,6 +17,7 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, Streaming
 from charkha.backends.torch.activation_offload import InputChanged, copies_for, offload_activations
 from charkha.backends.torch.host_copies import Buffers, HostCopies, PageableMemory
 from charkha.backends.torch.streamed_model import decoder_layers
+from charkha.errors import EnvironmentProblem
 
 LAYERS = 4
 FULL = AdapterSpec("full", 0, 0, 0.0, "all-linear")
@@ -297,6 +298,19 @@ def test_what_comes_back_is_the_same_tensor_bit_for_bit(dtype, order):
     assert (back.shape, back.stride(), back.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
     assert torch.equal(back.permute(*torch.tensor(order).argsort()).view(torch.int16), numbers.view(torch.int16))
     assert back.data_ptr() != tensor.data_ptr()
+
+
+def test_memory_that_cannot_be_pinned_is_told_once(monkeypatch, caplog):
+    from charkha.backends.torch import host_copies, transfers
+
+    def refused(size):
+        raise EnvironmentProblem(f"{size} bytes of host memory could not be pinned", remedy="raise ulimit -l")
+
+    monkeypatch.setattr(transfers, "PinnedMemory", refused)
+    make = host_copies._PinnedWherePossible()
+    assert [make(size).tensor.numel() for size in (100, 200)] == [100, 200]
+    assert caplog.text.count("could not be pinned") == 1
+    assert "raise ulimit -l" in caplog.text
 
 
 def test_buffers_are_no_larger_than_they_had_to_be():

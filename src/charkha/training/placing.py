@@ -5,6 +5,7 @@ from __future__ import annotations
 from charkha.backends.base import Streaming
 from charkha.config import Config
 from charkha.hardware.machine import Machine
+from charkha.plan.activations import layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.streamed import buffer_bytes, cold_layers, hot_layer_bytes
@@ -32,6 +33,15 @@ def unplanned_streaming(config: Config, chooser: Chooser) -> Streaming | None:
     if asked == "auto":
         chooser.take(PLACEMENT, "resident", "what this base needs is not known")
     return Streaming() if asked == "streamed" else None
+
+
+def offloaded_note(architecture: Architecture, settings: MemorySettings) -> str:
+    """What of the activations waits in host memory, and what stays."""
+    moved, each = architecture.layers - 1, layer_memory(architecture, settings).input
+    return (
+        f"offloaded activations: the inputs of {moved} of {architecture.layers} layers ({format_bytes(moved * each)}) "
+        f"wait in host memory for backward; at most two ({format_bytes(2 * each)}) are on the device"
+    )
 
 
 def streamed_note(architecture: Architecture, settings: MemorySettings) -> str:
