@@ -30,8 +30,13 @@ def planned_and_measured(project, model_folder, monkeypatch, *, hot=0, slots=2, 
     monkeypatch.setattr("charkha.plan.placement._SLOTS", (slots,))
     chosen = {"quantization": "nf4", "dtype": "bf16", "method": "lora", "loss_head": "full", "micro": 1, **settings}
     work = project(
-        model_folder(kind, **SHAPE),
-        model={"quantization": chosen["quantization"], "dtype": chosen["dtype"], "placement": "streamed"},
+        model_folder(kind, **{**SHAPE, "vocab_size": chosen.get("vocabulary", 320)}),
+        model={
+            "quantization": chosen["quantization"],
+            "dtype": chosen["dtype"],
+            "placement": "streamed",
+            "host_tables": chosen.get("tables", "none"),
+        },
         adapter={"method": chosen["method"], "lora_dropout": chosen.get("dropout", 0.0)},
         training={
             "micro_batch_size": chosen["micro"],
@@ -80,6 +85,25 @@ def test_so_it_is_with_every_number_of_slots_and_hot_layers(
 def test_so_it_is_for_other_families_and_types(project, model_folder, monkeypatch, kind, quantization, dtype):
     planned, measured = planned_and_measured(
         project, model_folder, monkeypatch, kind=kind, quantization=quantization, dtype=dtype, loss_head="chunked"
+    )
+    assert measured == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("tables", ["embedding", "both"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_so_it_is_with_tables_on_the_host(project, model_folder, monkeypatch, kind, tables, dtype):
+    planned, measured = planned_and_measured(
+        project,
+        model_folder,
+        monkeypatch,
+        kind=kind,
+        tables=tables,
+        dtype=dtype,
+        micro=4,
+        loss_head="chunked",
+        vocabulary=8000,
     )
     assert measured == pytest.approx(planned, rel=0.05)
 

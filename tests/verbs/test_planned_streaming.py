@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from charkha.cli.app import app
+from charkha.errors import ConfigError
+from charkha.units import format_bytes
 from charkha.verbs.planning import PlanWish, make_plan
 
 GIB = 2**30
 KEYS = {
-    "layers", "hot_layers", "slots", "waits_in", "layer_bytes", "slab_bytes", "device_buffer_bytes", "pinned_bytes",
+    "layers", "hot_layers", "slots", "host_tables", "waits_in",
+    "layer_bytes", "slab_bytes", "device_buffer_bytes", "pinned_bytes",
     "enough_ram_bytes", "micro_batch_rows", "micro_batch_tokens", "moved_bytes_per_micro_step", "at_other_speeds",
     "bytes_per_second", "bytes_per_second_source", "copy_seconds", "compute_seconds", "exposed_seconds",
     "hidden_share", "tokens_per_second", "free_from_tokens", "free_from_rows",
@@ -93,6 +97,51 @@ def test_auto_prefers_the_micro_batch_that_moves_least_and_a_given_one_stays(fol
     assert moved[0] < moved[1]
 
 
+def with_memory(folder: Path, gib: float, *overrides: str) -> dict[str, Any]:
+    """The plan for an RTX 4090 of so much memory."""
+    card = {"name": "RTX 4090", "memory_bytes": int(gib * GIB)}
+    (folder / "card.json").write_text(json.dumps({"gpus": [card]}))
+    return make_plan(PlanWish(folder / "charkha.yaml", overrides, (str(folder / "card.json"),), method="closed_form"))
+
+
+def test_tables_leave_a_small_card_one_after_the_other(folder: Path) -> None:
+    """Embedding and head of a 70B model are 2 GiB each."""
+    found = {gib: with_memory(folder, gib) for gib in (24, 13, 11)}
+    tables = {gib: record["streaming"]["host_tables"] for gib, record in found.items()}
+    assert tables == {24: "none", 13: "embedding", 11: "both"}
+    assert {gib: chosen(record, "model.host_tables") for gib, record in found.items()} == tables
+    assert all(record["fits"] and 1.12 * record["least_device_bytes"] < gib * GIB for gib, record in found.items())
+    head = 128256 * 8192 * 2
+    kept = [
+        record["breakdown"]["base_weights"] - record["streaming"]["device_buffer_bytes"] for record in found.values()
+    ]
+    assert kept[0] - kept[1] == kept[1] - kept[2] == head
+    smallest = found[11]["streaming"]
+    layers = 2 * (80 - smallest["hot_layers"] - smallest["slots"]) * smallest["layer_bytes"]
+    assert smallest["moved_bytes_per_micro_step"] == layers + 2 * head + smallest["micro_batch_tokens"] * 8192 * 2
+    assert chosen(found[11], "training.loss_head") == "chunked"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tables"),
+    [
+        (("training.loss_head=full",), "embedding"),  # a head in blocks never has all logits
+        (("model.host_tables=none",), "none"),
+        (("model.host_tables=both",), "both"),
+        (("adapter.target_modules=[q_proj, lm_head]",), "none"),
+    ],
+)
+def test_tables_are_where_the_config_lets_them_be(folder: Path, overrides: tuple[str, ...], tables: str) -> None:
+    record = with_memory(folder, 13, "model.placement=streamed", *overrides)
+    assert record["streaming"]["host_tables"] == tables
+
+
+def test_a_table_that_is_trained_cannot_be_on_the_host(folder: Path) -> None:
+    for trained in ("adapter.modules_to_save=[lm_head]", "adapter.target_modules=[q_proj, embed_tokens]"):
+        with pytest.raises(ConfigError, match=r"model\.host_tables: both, but \w+ is trained"):
+            plan(folder, "model.placement=streamed", "model.host_tables=both", trained)
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -117,4 +166,7 @@ def test_a_machine_with_room_for_neither_is_told_so(folder: Path) -> None:
     wish = PlanWish(folder / "charkha.yaml", (), (str(folder / "small.json"),), method="closed_form")
     record = make_plan(wish)
     assert record["fits"] is False
-    assert any("neither the whole base nor a streamed one fits" in text for text in record["reasons"])
+    least = make_plan(replace(wish, overrides=("model.placement=streamed",)))["least_device_bytes"]
+    assert least > 6 * GIB
+    told = f"neither the whole base nor a streamed one fits, which needs {format_bytes(least)} at the least"
+    assert any(told in text for text in record["reasons"])

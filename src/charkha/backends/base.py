@@ -89,6 +89,7 @@ class StepPlan:
     checkpoints_kept: int
     trainer: dict[str, Any]  # further SFTConfig arguments
     packing: Packing | None = None  # batch_size and micro_batch_size then count packed rows
+    selective: bool = False  # with gradient_checkpointing: what attention's kernel gives is kept and not made again
     offload_activations: bool = False  # what gradient checkpointing keeps lies in host memory until backward
 
 

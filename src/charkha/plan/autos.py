@@ -34,6 +34,7 @@ _LARGEST_MICRO_BATCH = 1024  # of those looked at
 # bare: by the figures as they are; near: too much by less than the error; too_much: by more. unknown: no limit known.
 Fit = Literal["roomy", "spare", "bare", "near", "too_much", "unknown"]
 FITTING: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare")
+WITH_ROOM: tuple[Fit, ...] = ("unknown", "roomy", "spare")
 _ORDER: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare", "near", "too_much")
 
 
@@ -121,14 +122,13 @@ def _streamed_bytes(architecture: Architecture, way: Way) -> int:
 def ways(settings: MemorySettings, free: Free, rows: Rows, batch_size: int) -> Iterator[MemorySettings]:
     """Every combination of what is free; the rest as it stands in `settings`."""
     per_device = max(1, batch_size // settings.processes)
-    own_loss = settings.loss_kernel == "own"  # a loss of the model's own has no chunks
     optimizers = [USUAL_OPTIMIZER]
     if settings.is_full and settings.device == "cuda" and free.small_optimizer:
         optimizers.append(SMALL_OPTIMIZER)
     choices: dict[str, list[Any]] = {
         MICRO_BATCH: divisors(per_device),
         CHECKPOINTING: [True] if settings.streamed else [False, True],
-        LOSS_HEAD: ["full", "chunked"] if own_loss else ["full"],
+        LOSS_HEAD: _loss_heads(settings),
         OPTIMIZER: optimizers,
     }
     fields = {MICRO_BATCH: "rows", CHECKPOINTING: "gradient_checkpointing", LOSS_HEAD: "loss_head"}
@@ -137,6 +137,13 @@ def ways(settings: MemorySettings, free: Free, rows: Rows, batch_size: int) -> I
     for values in product(*(choices[key] for key in open_keys)):
         changed = replace(settings, **{fields[key]: value for key, value in zip(open_keys, values, strict=True)})
         yield with_rows(changed, changed.rows, rows, batch_size)
+
+
+def _loss_heads(settings: MemorySettings) -> list[str]:
+    """A loss of the model's own has no chunks; a head on the host has nothing else."""
+    if settings.loss_kernel != "own":
+        return ["full"]
+    return ["chunked"] if settings.host_tables == "both" else ["full", "chunked"]
 
 
 def with_rows(settings: MemorySettings, size: int, rows: Rows, batch_size: int) -> MemorySettings:
@@ -222,6 +229,8 @@ def _why_checkpointing(taken: Way, judged: Callable[[MemorySettings], Way]) -> s
 def _why_head(taken: Way, judged: Callable[[MemorySettings], Way]) -> str:
     if taken.settings.loss_kernel != "own":
         return "the model's own loss runs, which has no chunks"
+    if taken.settings.host_tables == "both":
+        return "a head on the host passes through the device in blocks"
     other = judged(replace(taken.settings, loss_head="chunked" if taken.settings.loss_head == "full" else "full"))
     full, chunked = (taken, other) if taken.settings.loss_head == "full" else (other, taken)
     return f"{format_bytes(full.needs)} with all logits, {format_bytes(chunked.needs)} in chunks{_of(taken, ', ')}"

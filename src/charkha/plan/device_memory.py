@@ -13,7 +13,7 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.memory import MemoryPreview
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.optimizer_memory import optimizer_memory
-from charkha.plan.streamed import slab_bytes, waiting_bytes
+from charkha.plan.streamed import slab_bytes, table_weights, waiting_bytes
 from charkha.plan.weights import adapter_parameters, base_weight_bytes, trainable_parameters
 
 _GIB = 2**30
@@ -93,6 +93,8 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
         total += settings.processes * moved * layer_memory(architecture, settings).input
     if settings.streamed:
         total += waiting_bytes(architecture, settings)
+        if settings.device == "cuda":  # a map of the base's files, which must be cached not to be read in every step
+            total += settings.base_bytes * table_weights(architecture, settings)
     return total
 
 

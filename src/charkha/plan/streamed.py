@@ -135,8 +135,28 @@ def expert_slots(architecture: Architecture, settings: MemorySettings) -> int:
 def streamed_base_bytes(architecture: Architecture, settings: MemorySettings) -> int:
     """Bytes of the base on the device: the buffers, and what is no streamed matrix (embedding, head, norms, biases)."""
     beside = architecture.parameters - architecture.layers * architecture.linear_weights
+    beside -= table_weights(architecture, settings)
     codes = _SHARED_CODES_BYTES if settings.quantization != "none" else 0
     return buffer_bytes(architecture, settings) + settings.base_bytes * beside + codes
+
+
+def table_weights(architecture: Architecture, settings: MemorySettings) -> int:
+    """Elements of embedding and head that stay on the host; a tied pair is one table, which goes with the head."""
+    table = architecture.vocab_size * architecture.hidden_size
+    if settings.host_tables == "none" or not settings.streamed:
+        return 0
+    if architecture.tied_embeddings:
+        return table if settings.host_tables == "both" else 0
+    return 2 * table if settings.host_tables == "both" else table
+
+
+def table_moved_bytes(architecture: Architecture, settings: MemorySettings) -> int:
+    """Of tables on the host, what a micro step brings: the rows of its tokens, and the whole head twice."""
+    if not table_weights(architecture, settings):
+        return 0
+    row = settings.activation_bytes * architecture.hidden_size
+    head = 2 * architecture.vocab_size * row if settings.host_tables == "both" else 0
+    return settings.positions * row + head
 
 
 def waiting_bytes(architecture: Architecture, settings: MemorySettings) -> int:

@@ -22,6 +22,7 @@ from charkha.plan.streamed import (
     hot_layers_of,
     moved_bytes,
     slab_layer_bytes,
+    table_moved_bytes,
 )
 
 # A PCIe 4.0 x4 NVMe disk, sustained; data sheets say up to 7.4.
@@ -93,7 +94,10 @@ def copying(architecture: Architecture, settings: MemorySettings, machine: Machi
     exposed = exposed_seconds(is_cold, slots, one_copy, forward)
     exposed += exposed_seconds(is_cold[::-1], slots, one_copy, backward)
     exposed *= architecture.layers / max(1, len(is_cold))
-    moved = moved_bytes(architecture, settings)
+    # Rows of the embedding come before anything is computed, and a block of the head takes longer than its product.
+    tables = table_moved_bytes(architecture, settings)
+    exposed += tables / bytes_per_second
+    moved = moved_bytes(architecture, settings) + tables
     return Copying(moved, moved / bytes_per_second, time.micro_batch_seconds, exposed)
 
 

@@ -197,7 +197,7 @@ class Chooser:
         asked = self._config.training.gradient_checkpointing
         if self.recomputes_in_any_case:
             return self._checkpointing_needed(asked)
-        if asked in ("full", True):
+        if asked in ("full", "selective", True):
             return True
         if asked in ("none", False):
             return False
@@ -295,6 +295,7 @@ class StepMemory:
     gradient_checkpointing: bool
     loss_head: str  # full | chunked
     optimizer: str
+    selective: bool = False  # with checkpointing: what attention's kernel gives is kept and not made again
     offload_activations: bool = False
 
 
@@ -324,6 +325,7 @@ def step_plan(
         gradient_checkpointing=memory.gradient_checkpointing,
         loss_head=memory.loss_head,
         optimizer=memory.optimizer,
+        selective=memory.selective,
         seed=training.seed,
         eval_steps=eval_steps,
         checkpoint_seconds=interval.seconds,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
 from charkha.backends.torch.base_config import read_base_config
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
@@ -36,7 +36,7 @@ from charkha.training.fallback import apply_fallbacks, fallbacks_note
 from charkha.training.fitting import fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
-from charkha.training.placing import streaming_of, unplanned_streaming
+from charkha.training.placing import streaming_of, unplanned_streaming, written_streaming
 from charkha.training.planned_settings import choose_model, chosen_step, fixed_values_note, planned_settings
 from charkha.training.preparing import prepare_data
 from charkha.training.preview import Preview, preview, without_figures
@@ -242,6 +242,5 @@ def reopen(run: RunFolder) -> tuple[Config, BaseModelSpec, PreparedData]:
     if device != "cuda":
         dtype = "fp32" if dtype == "fp16" else dtype
         attention = "sdpa" if attention == "flash_attention_2" else attention
-    streaming = Streaming() if config.model.placement == "streamed" else None
-    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, device, streaming)
+    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, device, written_streaming(config))
     return config, base, open_prepared(run.read_manifest()["data"], run.data, base_folder)

@@ -26,10 +26,12 @@ from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
-from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note
+from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # of the architectures covered, in transformers 5.23
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ModelChoices:
     processes: int
     model_type: str  # as config.json has it
     cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
+    is_cast: bool = False  # whether the base's files are said to have another type than `dtype`
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,15 @@ def choose_model(
             processes=processes,
             device=machine.device,
         ),
+        is_cast=_written_dtype(base_config)
+        not in (None, {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32")),
     )
+
+
+def _written_dtype(base_config: Mapping[str, Any]) -> str | None:
+    """What config.json says of the type that weights are stored in, under its name of today or of old."""
+    written = base_config.get("dtype") or base_config.get("torch_dtype")
+    return written if isinstance(written, str) else None
 
 
 def planned_settings(
@@ -119,6 +130,7 @@ def planned_settings(
     picked, settings = placed.picked, placed.picked.way.settings
     if placed.reason is not None:
         chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
+    take_tables(config, chooser, architecture, settings)
     for key, value in _values(settings).items():
         if key in open_keys:
             chooser.take(key, value, picked.reasons[key])
@@ -133,6 +145,7 @@ def planned_settings(
         settings.gradient_checkpointing,
         settings.loss_head,
         chooser.optimizer(settings.optimizer),
+        settings.selective,
         chooser.offloads_activations,
     )
     notes = (*reasons, *chooser.offload_note(), *_not_carried_out(config))
@@ -187,6 +200,7 @@ def chosen_step(
         gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
         loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
+        selective=config.training.gradient_checkpointing == "selective",
         offload_activations=chooser.offloads_activations,
     )
 
@@ -240,6 +254,7 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         num_virtual_tokens=adapter.num_virtual_tokens if adapter.method == "prompt_tuning" else 0,
         processes=model.processes,
         offload=config.devices.offloaded - (frozenset() if step.offload_activations else {"activations"}),
+        casts_tables=model.is_cast,
         workspace_bytes=_workspace(machine),
     )
 

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from charkha.backends.base import (
     AdapterSpec,
@@ -150,9 +151,14 @@ def build(
 
     The trainer takes as many steps as `plan` says, or as there are chosen ones.
     """
-    set_seed(plan.seed)  # before the adapter draws its first numbers: the same in every process
     with device_errors_told(loading=True):
-        model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+        model = load_base(_training_precision(base, adapter))
+        # Before the adapter draws its first numbers, and after loading, which draws some for what it takes to be new.
+        set_seed(plan.seed)
+        if plan.selective:
+            # On the model itself: TRL would put it on PEFT's wrapper, which transformers passes by.
+            enable_selective_activation_checkpointing(model)
+        model = attach_adapter(model, adapter, plan.gradient_checkpointing)
     with device_errors_told():
         one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
     whole = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row, processes=ranks.count)
