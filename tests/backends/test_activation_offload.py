@@ -61,12 +61,12 @@ def test_every_family_method_and_way_of_checkpointing(model_folder, kind, way, m
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("streaming", [Streaming(2, 1), Streaming(3), Streaming(embedding_on_host=True)], ids=repr)
 @pytest.mark.parametrize("way", WAYS)
-def test_beside_a_streamed_base(model_folder, monkeypatch, tmp_path, slots, way):
+def test_beside_a_streamed_base(model_folder, monkeypatch, tmp_path, streaming, way):
     monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
     folder = model_folder("llama", num_hidden_layers=6)
-    streamed = run_steps(folder, streaming=Streaming(slots, 1), offload=True, **WAYS[way])
+    streamed = run_steps(folder, streaming=streaming, offload=True, **WAYS[way])
     assert same(run_steps(folder, **WAYS[way]), streamed)
 
 
