@@ -17,6 +17,7 @@ from charkha.backends.base import AdapterSpec, BaseModelSpec, Streaming
 from charkha.backends.torch.activation_offload import InputChanged, copies_for, offload_activations
 from charkha.backends.torch.host_copies import Buffers, HostCopies, PageableMemory
 from charkha.backends.torch.streamed_model import decoder_layers
+from charkha.errors import EnvironmentProblem
 
 LAYERS = 4
 FULL = AdapterSpec("full", 0, 0, 0.0, "all-linear")
@@ -60,12 +61,12 @@ def test_every_family_method_and_way_of_checkpointing(model_folder, kind, way, m
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("streaming", [Streaming(2, 1), Streaming(3), Streaming(embedding_on_host=True)], ids=repr)
 @pytest.mark.parametrize("way", WAYS)
-def test_beside_a_streamed_base(model_folder, monkeypatch, tmp_path, slots, way):
+def test_beside_a_streamed_base(model_folder, monkeypatch, tmp_path, streaming, way):
     monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
     folder = model_folder("llama", num_hidden_layers=6)
-    streamed = run_steps(folder, streaming=Streaming(slots, 1), offload=True, **WAYS[way])
+    streamed = run_steps(folder, streaming=streaming, offload=True, **WAYS[way])
     assert same(run_steps(folder, **WAYS[way]), streamed)
 
 
@@ -297,6 +298,19 @@ def test_what_comes_back_is_the_same_tensor_bit_for_bit(dtype, order):
     assert (back.shape, back.stride(), back.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
     assert torch.equal(back.permute(*torch.tensor(order).argsort()).view(torch.int16), numbers.view(torch.int16))
     assert back.data_ptr() != tensor.data_ptr()
+
+
+def test_memory_that_cannot_be_pinned_is_told_once(monkeypatch, caplog):
+    from charkha.backends.torch import host_copies, transfers
+
+    def refused(size):
+        raise EnvironmentProblem(f"{size} bytes of host memory could not be pinned", remedy="raise ulimit -l")
+
+    monkeypatch.setattr(transfers, "PinnedMemory", refused)
+    make = host_copies._PinnedWherePossible()
+    assert [make(size).tensor.numel() for size in (100, 200)] == [100, 200]
+    assert caplog.text.count("could not be pinned") == 1
+    assert "raise ulimit -l" in caplog.text
 
 
 def test_buffers_are_no_larger_than_they_had_to_be():

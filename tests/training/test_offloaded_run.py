@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -87,6 +88,29 @@ def test_every_family_and_method_through_the_trainer(project, model_folder, movi
     _, seen = work.train(OFFLOADED, output="offloaded", stop_at=3)
     _, rest = work.train(OFFLOADED, output="offloaded")
     assert losses([*seen, *rest]) == losses(before)
+    assert all_equal(work.weights("offloaded"), work.weights("plain"))
+
+
+@pytest.mark.long
+def test_beside_what_selective_checkpointing_keeps(project, model_folder, moving):
+    selective = "training.gradient_checkpointing=selective"
+    work = long_rows(project(model_folder("llama", num_hidden_layers=LAYERS)))
+    plain, before = work.train(selective, output="plain")
+    offloaded, seen = work.train(selective, OFFLOADED, output="offloaded")
+    assert losses(seen) == losses(before)
+    assert all_equal(work.weights("offloaded"), work.weights("plain"))
+    assert offloaded.peak_memory_bytes < plain.peak_memory_bytes
+    for measured, name in ((plain, "plain"), (offloaded, "offloaded")):
+        assert measured.peak_memory_bytes == pytest.approx(planned(work, name)["peak_allocated_bytes"], rel=0.02)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo on the loopback of Linux")
+def test_every_process_moves_its_own(project, model_folder, moving):
+    work = project(model_folder("llama", num_hidden_layers=4))
+    _, before = work.train(PLAIN, "devices.processes=2", output="plain")
+    _, seen = work.train(OFFLOADED, "devices.processes=2", output="offloaded")
+    assert losses(seen) == losses(before)
     assert all_equal(work.weights("offloaded"), work.weights("plain"))
 
 

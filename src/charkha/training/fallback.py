@@ -60,7 +60,8 @@ def next_fallback(run: RunFolder) -> dict[str, Any]:
     raise TrainingFailed(
         "out of GPU memory with one row in memory at a time, layers recomputed, and logits in chunks",
         where=str(run.path),
-        remedy="use a smaller data.max_length, quantization nf4, or an 8-bit optimizer; `charkha plan` says what fits",
+        remedy="use a smaller data.max_length, quantization nf4, devices.offload activations, or an 8-bit optimizer; "
+        "`charkha plan` says what fits",
     )
 
 

@@ -6,6 +6,7 @@ from charkha.backends.base import Streaming
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
+from charkha.plan.activations import layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.streamed import buffer_bytes, cold_layers, hot_layer_bytes
@@ -75,6 +76,15 @@ def _why_tables(settings: MemorySettings) -> str:
         return "embedding and head find room on the device"
     kept = "embedding and head take" if settings.host_tables == "both" else "the embedding takes"
     return f"{kept} room on the device that the rest needs"
+
+
+def offloaded_note(architecture: Architecture, settings: MemorySettings) -> str:
+    """What of the activations waits in host memory, and what stays."""
+    moved, each = architecture.layers - 1, layer_memory(architecture, settings).input
+    return (
+        f"offloaded activations: the inputs of {moved} of {architecture.layers} layers ({format_bytes(moved * each)}) "
+        f"wait in host memory for backward; at most two ({format_bytes(2 * each)}) are on the device"
+    )
 
 
 def streamed_note(architecture: Architecture, settings: MemorySettings) -> str:

@@ -26,7 +26,7 @@ from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
-from charkha.training.placing import PLACEMENT, streamed_note, take_tables
+from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # of the architectures covered, in transformers 5.23
@@ -138,6 +138,8 @@ def planned_settings(
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
     if settings.streamed:
         reasons.append(streamed_note(architecture, settings))
+    if chooser.offloads_activations:
+        reasons.append(offloaded_note(architecture, settings))
     step = StepMemory(
         settings.rows,
         settings.gradient_checkpointing,

@@ -118,7 +118,7 @@ class CudaCopies(HostCopies):
     """Copies on a stream of their own, each after what the computing stream had been given when it was begun."""
 
     def __init__(self) -> None:
-        super().__init__(_pinned)
+        super().__init__(_PinnedWherePossible())
         self._stream = torch.cuda.Stream()
 
     def leave(self, tensor: torch.Tensor) -> Copy:
@@ -148,12 +148,22 @@ class CudaCopies(HostCopies):
         copy.done.record(self._stream)
 
 
-def _pinned(size: int) -> Memory:
-    """Exactly so much pinned memory: torch's own allocator would round it up to a power of two."""
-    from charkha.backends.torch.transfers import PinnedMemory
+class _PinnedWherePossible:
+    """Makes exactly as much pinned memory as is asked for: torch's own allocator would round up to a power of two.
 
-    try:
-        return PinnedMemory(size)
-    except EnvironmentProblem as problem:
-        logger.warning("%s; copies to and from it wait for one another. To do: %s", problem.message, problem.remedy)
+    Pageable memory from the first piece on that cannot be pinned, and that is said once.
+    """
+
+    def __init__(self) -> None:
+        self._given_up = False
+
+    def __call__(self, size: int) -> Memory:
+        from charkha.backends.torch.transfers import PinnedMemory
+
+        if not self._given_up:
+            try:
+                return PinnedMemory(size)
+            except EnvironmentProblem as problem:
+                self._given_up = True
+                logger.warning("%s; copies of it hold up the computing. To do: %s", problem.message, problem.remedy)
         return PageableMemory(size)
