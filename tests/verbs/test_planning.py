@@ -231,6 +231,18 @@ def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
     assert any("no fake kernels" in reason for reason in record["reasons"])
 
 
+def test_the_held_out_loss_is_named_where_it_is_the_peak(workshop: Path) -> None:
+    record = plan(workshop, "--gpu", "rtx 3060")
+    assert record["peak_moment"] == "evaluation"
+    assert record["evaluation"] == {"rows": 2, "tokens": 2048, "peak_allocated_bytes": record["moments"]["evaluation"]}
+    assert sum(record["breakdown"].values()) == record["peak_allocated_bytes"] == record["moments"]["evaluation"]
+    assert any("held-out loss is the peak (2 rows of 2048 tokens" in reason for reason in record["reasons"])
+    alone = plan(workshop, "--gpu", "rtx 3060", "--set", "data.eval=null")
+    assert alone["evaluation"] is None
+    assert alone["peak_allocated_bytes"] < record["peak_allocated_bytes"]
+    assert not any("held-out loss" in reason for reason in alone["reasons"])
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FULL_BYTES = 4  # fp32: trained weights, gradients, optimizer states, the loss
@@ -23,6 +23,15 @@ LossKernel = Literal[
     "in_place_narrow",
     "kept_chunks",
 ]
+
+
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """Rows that are evaluated together, padded to the longest."""
+
+    rows: int
+    tokens: int
+    padded: bool
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,14 @@ class MemorySettings:
     hooks_keep_inputs: bool = False  # FSDP beside frozen weights, with re-entrant checkpointing
     offload: frozenset[str] = frozenset()  # optimizer, parameters, activations
     workspace_bytes: int = 32 * 2**20  # what torch gives cuBLAS on Hopper, once; older GPUs get about 8 MiB
+    held_out: tuple[HeldOutBatch, ...] = ()  # the largest batches of the held-out loss; none where nothing is held out
     streamed: bool = False  # the frozen base comes layer by layer from host memory or disk
     streamed_resident_layers: int = 0
+
+    def cut_to(self, tokens: int) -> MemorySettings:
+        """The same with no row longer than that, trained or held out."""
+        held_out = tuple(replace(batch, tokens=min(batch.tokens, tokens)) for batch in self.held_out)
+        return replace(self, tokens=tokens, trained_positions=None, held_out=held_out)
 
     @property
     def positions(self) -> int:

@@ -220,6 +220,7 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         processes=model.processes,
         offload=_offload(config),
         workspace_bytes=_workspace(machine),
+        held_out=rows.held_out,
         streamed=model.streaming is not None and adapter.method != "full",
     )
 

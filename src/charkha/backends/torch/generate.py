@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from charkha.backends.torch.device_errors import in_parts_that_fit
-from charkha.backends.torch.held_out import batches_by_length
 from charkha.backends.torch.virtual_tokens import embedded_rows, uses_virtual_tokens
+from charkha.data.order import batches_by_length
 
 _TOKENS_PER_BATCH = 16384  # rows x (longest prompt + new tokens); bounds the key/value cache
 
