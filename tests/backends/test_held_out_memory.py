@@ -116,9 +116,7 @@ def test_a_trace_finds_the_evaluation_where_it_is_the_peak(bases, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "run", [PlannedRun("16M", lengths=(8,), quantization=kind) for kind in ("none", "nf4", "int8")]
-)
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_a_traced_evaluation_is_the_measured_one(quantization, bases, tmp_path):
     run = PlannedRun("16M", lengths=(8,), quantization=quantization)
     base = run.base(bases)
