@@ -19,6 +19,7 @@ def attention(layer: PartsTape, normed: Tensor) -> tuple[Tensor, tuple[Tensor, .
     if not architecture.learned_positions:
         stream = layer.entering.width
         query, key = (_rotated(tape, part, max(part.width, stream)) for part in (query, key))
+    layer.cached_widths = key.width, value.width
     widths = _softmax_width(architecture, settings, normed), value.width
     if settings.autocast:
         query, key, value = (tape.cast(part, settings.activation_bytes) for part in (query, key, value))

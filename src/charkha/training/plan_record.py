@@ -16,6 +16,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, fallbacks
+from charkha.training.planned_generation import generation_record
 from charkha.training.planned_trace import Traced
 from charkha.units import format_bytes
 
@@ -49,6 +50,7 @@ def plan_record(
         "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
         "moments": found.preview.moments,
         "evaluation": _evaluation(found),
+        "generation": generation_record(architecture, found),
         "trainable_parameters": found.preview.trainable_parameters,
         "total_parameters": architecture.parameters,
         "active_parameters": architecture.active_parameters,
