@@ -68,7 +68,7 @@ def device_memory(preview: MemoryPreview, settings: MemorySettings, limit_bytes:
     # A run evaluates before its first step, so training finds the blocks that the held-out logits lay in.
     passing = max(0, preview.held_out_bytes - preview.resting_bytes)
     reserved = max(step + fragmentation, preview.held_out_bytes + int(_USUAL_HOLES * passing))
-    if limit_bytes is not None and least <= limit_bytes:
+    if limit_bytes is not None and allocated + context <= limit_bytes:  # no card reserves more than it has
         reserved = max(allocated, min(reserved, limit_bytes - context))
     return DeviceMemory(allocated, reserved, reserved + context, least, reserved - allocated, context)
 
