@@ -102,9 +102,9 @@ class PlannedRun:
             built.append(build(*given, **named))
             return built[0]
 
-        def measured(model: Any, *given: Any) -> Any:
+        def measured(model: Any, *given: Any, **named: Any) -> Any:
             with CpuPeak(model, built[0].trainer.optimizer) as peak:
-                result = held_out_loss(model, *given)
+                result = held_out_loss(model, *given, **named)
             peaks.append(peak.peak_bytes)
             return result
 

@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from planned_runs import PlannedRun, shard_of  # noqa: E402
 
+from charkha.backends.base import BaseModelSpec  # noqa: E402
+from charkha.backends.torch import loss  # noqa: E402
+from charkha.backends.torch.held_out import held_out_loss  # noqa: E402
+from charkha.backends.torch.model import load_base  # noqa: E402
 from charkha.backends.torch.trace import trace_here  # noqa: E402
 from charkha.plan.architecture import read_architecture  # noqa: E402
 from charkha.plan.memory import EVALUATION, MemoryPreview, preview_memory  # noqa: E402
@@ -24,12 +29,15 @@ SLIDING = {"head_dim": 64, "sliding_window": 128, "layer_types": ["sliding_atten
 ONE_KEY = {"multi_query": True, "new_decoder_architecture": False, "alibi": False, "ffn_hidden_size": 1536}
 CHUNKED: dict[str, Any] = {"loss_head": "chunked", "checkpointing": "full"}
 QUICK = [
-    (PlannedRun("16M", quantization="nf4", **CHUNKED), (256, 200)),
+    (PlannedRun("16M", quantization="nf4", **CHUNKED), (512, 512)),
     (PlannedRun("16M", method="full"), (256,)),
     (PlannedRun("16M", kind="gemma3_text", settings={**SLIDING, **FEW_WORDS}), (512, 512)),
 ]
 OTHERS = [
     (PlannedRun("16M"), (256, 256, 256)),
+    (PlannedRun("16M", quantization="nf4"), (256, 200)),
+    (PlannedRun("16M", method="full", **CHUNKED), (900,)),
+    (PlannedRun("16M", dtype="fp32", settings={"vocab_size": 32000}, **CHUNKED), (900,)),
     (PlannedRun("16M", dtype="fp32"), (256, 256)),
     (PlannedRun("16M", dtype="fp32", quantization="nf4", settings=FEW_WORDS), (512, 512)),
     (PlannedRun("16M", quantization="nf4", settings=FEW_WORDS, **CHUNKED), (512, 400)),
@@ -41,9 +49,11 @@ OTHERS = [
     (PlannedRun("16M", kind="qwen3", dtype="fp32", settings={"head_dim": 64}, **CHUNKED), (512,)),
     (PlannedRun("16M", kind="gemma3_text", settings=SLIDING, quantization="nf4", **CHUNKED), (512, 512)),
     (PlannedRun("16M", kind="gemma2", attention="eager", settings={"head_dim": 64, "sliding_window": 128}), (256, 256)),
+    (PlannedRun("16M", kind="gemma2", attention="eager", settings={"head_dim": 64}, **CHUNKED), (256, 256)),
     (PlannedRun("16M", kind="falcon", settings={**ONE_KEY, **FEW_WORDS}), (512, 512)),
     (PlannedRun("16M", kind="falcon", settings=ONE_KEY, dtype="fp32"), (512,)),
-    (PlannedRun("55M", quantization="nf4", **CHUNKED), (700, 650)),
+    (PlannedRun("55M", quantization="nf4", **CHUNKED), (700, 700)),
+    (PlannedRun("55M", quantization="nf4"), (700, 650)),
 ]
 
 
@@ -98,7 +108,7 @@ def test_a_plan_takes_the_batches_that_the_held_out_loss_is_taken_over():
     assert held_out_batches(None) == ()
 
 
-LONG_ROWS = PlannedRun("1M", lengths=(32, 32), settings={"vocab_size": 8000}, **CHUNKED), (256, 250)
+LONG_ROWS = PlannedRun("1M", lengths=(32, 32), settings={"vocab_size": 8000}, checkpointing="full"), (256, 250)
 
 
 def test_a_trace_finds_the_evaluation_where_it_is_the_peak(bases, tmp_path):
@@ -116,11 +126,27 @@ def test_a_trace_finds_the_evaluation_where_it_is_the_peak(bases, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("loss_head", ["full", "chunked"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_a_traced_evaluation_is_the_measured_one(quantization, bases, tmp_path):
-    run = PlannedRun("16M", lengths=(8,), quantization=quantization)
+def test_a_traced_evaluation_is_the_measured_one(quantization, loss_head, bases, tmp_path):
+    run = PlannedRun("16M", lengths=(8,), quantization=quantization, loss_head=loss_head)
     base = run.base(bases)
     measured = run.measured_held_out_bytes(base, tmp_path, (512, 500))
     found = trace_here(run.request(base, held_out_lengths=(512, 500)))
     assert found.peak_moment == EVALUATION
     assert found.peak_allocated_bytes == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])  # which caps its logits
+def test_the_held_out_loss_in_chunks_is_that_of_all_logits(kind, bases, monkeypatch):
+    run = PlannedRun("1M", kind=kind, settings={"vocab_size": 900, "head_dim": 32}, attention="eager")
+    base = run.base(bases)
+    model = load_base(BaseModelSpec(base, "fp32", "eager", "none", "cpu"))
+    shard = shard_of((5, 9, 30, 31), 900)
+    # The first row trains nothing, the second a part.
+    shard = dataclasses.replace(shard, flat_trained=np.arange(75) >= 9)
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * 900 * 7)  # seven tokens
+    whole, chunks = (held_out_loss(model, shard, 0, way=way) for way in ("full", "chunked"))
+    assert (chunks.tokens, chunks.row_losses[0]) == (whole.tokens, 0.0)
+    assert chunks.row_losses == pytest.approx(whole.row_losses, rel=1e-6)
+    assert held_out_loss(model, shard, 0).row_losses == chunks.row_losses

@@ -25,13 +25,11 @@ LLAMA_8B = read_architecture(
         "tie_word_embeddings": False,
     }
 )
-QLORA = MemorySettings(
-    dtype="bf16", quantization="nf4", rows=1, tokens=2048, gradient_checkpointing=True, loss_head="chunked"
-)
+QLORA = MemorySettings(dtype="bf16", quantization="nf4", rows=1, tokens=512, gradient_checkpointing=True)
 EVALUATED = dataclasses.replace(QLORA, held_out=(full_batch(2048),))
 
 
-def test_all_logits_of_a_batch_are_the_peak_where_training_makes_them_in_chunks():
+def test_all_logits_of_a_batch_are_the_peak_where_held_out_rows_are_longer():
     alone, with_it = preview_memory(LLAMA_8B, QLORA), preview_memory(LLAMA_8B, EVALUATED)
     assert (with_it.peak_moment, with_it.step_bytes) == (EVALUATION, alone.peak_bytes)
     assert with_it.peak_bytes == sum(with_it.breakdown.values()) == with_it.moments[EVALUATION] > alone.peak_bytes
@@ -39,6 +37,15 @@ def test_all_logits_of_a_batch_are_the_peak_where_training_makes_them_in_chunks(
     assert with_it.breakdown["logits_and_loss"] == 6 * 4096 * WORDS
     assert with_it.breakdown["optimizer_states"] == alone.breakdown["optimizer_states"]
     assert "gradients" not in with_it.breakdown
+
+
+def test_where_training_makes_logits_in_chunks_evaluation_does_too():
+    chunked = dataclasses.replace(EVALUATED, loss_head="chunked", tokens=2048)
+    preview = preview_memory(LLAMA_8B, chunked)
+    assert preview.held_out
+    assert preview.peak_moment != EVALUATION
+    # A layer at work, hidden states and two chunks of 64 MiB; all logits would be 6 bytes for each of 4096 x 128256.
+    assert preview.held_out.size < 2**30 < 6 * 4096 * WORDS
 
 
 def test_nothing_held_out_is_no_moment():
@@ -63,7 +70,7 @@ def test_the_least_card_holds_a_step_and_one_held_out_row():
     single = dataclasses.replace(QLORA, held_out=(HeldOutBatch(1, 2048, padded=False),))
     assert device_memory(preview_memory(LLAMA_8B, single), single, None).least == rows[1].least > rows[0].least
     assert rows[1].reserved >= rows[1].allocated > rows[0].allocated
-    long_rows = dataclasses.replace(QLORA, rows=8, tokens=4096, held_out=EVALUATED.held_out)  # where steps need more
+    long_rows = dataclasses.replace(QLORA, rows=4, tokens=2048, held_out=EVALUATED.held_out)  # where steps need more
     without = dataclasses.replace(long_rows, held_out=())
     assert device_memory(preview_memory(LLAMA_8B, long_rows), long_rows, None) == device_memory(
         preview_memory(LLAMA_8B, without), without, None

@@ -245,12 +245,14 @@ def test_a_plan_says_what_chatting_with_the_tuned_model_takes(workshop: Path) ->
 
 
 def test_the_held_out_loss_is_named_where_it_is_the_peak(workshop: Path) -> None:
-    record = plan(workshop, "--gpu", "rtx 3060")
+    short = ("data.max_length=1024", "training.loss_head=full", "training.micro_batch_size=1")
+    asked = [word for change in short for word in ("--set", change)]
+    record = plan(workshop, "--gpu", "rtx 3060", *asked)
     assert record["peak_moment"] == "evaluation"
-    assert record["evaluation"] == {"rows": 2, "tokens": 2048, "peak_allocated_bytes": record["moments"]["evaluation"]}
+    assert record["evaluation"] == {"rows": 4, "tokens": 1024, "peak_allocated_bytes": record["moments"]["evaluation"]}
     assert sum(record["breakdown"].values()) == record["peak_allocated_bytes"] == record["moments"]["evaluation"]
-    assert any("held-out loss is the peak (2 rows of 2048 tokens" in reason for reason in record["reasons"])
-    alone = plan(workshop, "--gpu", "rtx 3060", "--set", "data.eval=null")
+    assert any("held-out loss is the peak (4 rows of 1024 tokens" in reason for reason in record["reasons"])
+    alone = plan(workshop, "--gpu", "rtx 3060", *asked, "--set", "data.eval=null")
     assert alone["evaluation"] is None
     assert alone["peak_allocated_bytes"] < record["peak_allocated_bytes"]
     assert not any("held-out loss" in reason for reason in alone["reasons"])

@@ -1,7 +1,8 @@
 """Bytes while the held-out loss is taken: between optimizer steps, without gradients, with the training model.
 
-backends/torch/held_out.py takes rows of like length together, keeps the logits of a whole batch and the loss of one row
-at a time. The model is that of training: where autocast is around it, logits come in 16 bits and are copied to fp32.
+backends/torch/held_out.py takes rows of like length together. Where training makes logits in chunks it does too; else
+it keeps those of a whole batch and takes the loss of a row at a time. The model is that of training: where autocast is
+around it, logits come in 16 bits and are copied to fp32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from charkha.plan.activations import forward_alone, layer_memory, norm_bytes
 from charkha.plan.architecture import Architecture
 from charkha.plan.attention_tape import is_masked
+from charkha.plan.loss_memory import CHUNK_BYTES
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, HeldOutBatch, MemorySettings
 
 HELD_OUT_TOKENS = 4096  # rows x longest row of a batch; a longer row stands alone
@@ -84,11 +86,11 @@ def _of_batch(architecture: Architecture, settings: MemorySettings, batch: HeldO
     )
     architecture = replace(architecture, dropout=False)
     width = layer_memory(architecture, settings).stream_width
-    moments = [
-        _layers(architecture, settings),
-        _head(architecture, settings, width),
-        _loss(architecture, settings, batch),
-    ]
+    moments = [_layers(architecture, settings), _head(architecture, settings, width)]
+    if settings.loss_head == "chunked":
+        moments.append(_chunks(architecture, settings, width))
+    else:
+        moments.append(_loss(architecture, settings, batch))
     terms = max(moments, key=lambda moment: sum(moment.values()))
     pairs = settings.positions * settings.tokens if is_masked(architecture, settings) else 0
     return HeldOutMemory(batch, terms | {"batch": 3 * 8 * settings.positions + pairs})
@@ -108,15 +110,32 @@ def _copies(architecture: Architecture, settings: MemorySettings) -> int:
 
 
 def _head(architecture: Architecture, settings: MemorySettings, width: int) -> dict[str, int]:
-    """Final norm and head; the head's matrix is copied where autocast finds it in fp32, for good if it is trained."""
+    """Final norm and head; the head's matrix is copied where autocast finds it in fp32, for good if it is trained.
+
+    In chunks the model itself makes no logits.
+    """
     hidden = settings.positions * architecture.hidden_size
     matrix = architecture.vocab_size * architecture.hidden_size
     copied = HALF_BYTES * matrix if settings.autocast and settings.base_bytes == FULL_BYTES else 0
+    logits = settings.positions * architecture.vocab_size * settings.activation_bytes
     normed = hidden * (norm_bytes(architecture, settings, width) + width)
     return {
         "temporaries": normed + (0 if settings.is_full else copied),
-        "logits_and_loss": settings.positions * architecture.vocab_size * settings.activation_bytes,
+        "logits_and_loss": 0 if settings.loss_head == "chunked" else logits,
         "weight_copies": _copies(architecture, settings) + (copied if settings.is_full else 0),
+    }
+
+
+def _chunks(architecture: Architecture, settings: MemorySettings, width: int) -> dict[str, int]:
+    """Hidden states where a token counts, of all rows, and fp32 logits of a chunk with the exponential of each.
+
+    A soft cap's quotient and tangent stand beside them.
+    """
+    rows = min(settings.positions, max(1, CHUNK_BYTES // (FULL_BYTES * architecture.vocab_size)))
+    beside = 3 if architecture.logit_softcap else 2
+    return {
+        "temporaries": settings.positions * architecture.hidden_size * width,
+        "logits_and_loss": rows * architecture.vocab_size * FULL_BYTES * beside,
     }
 
 

@@ -120,7 +120,8 @@ def verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list
     if record["peak_moment"] == EVALUATION and found.preview.held_out:
         batch, step = found.preview.held_out.batch, format_bytes(found.preview.step_bytes)
         together = f"{batch.rows} row{'s' * (batch.rows > 1)} of {batch.tokens} tokens"
-        said.append(f"memory: the held-out loss is the peak ({together}, with all logits); a step needs {step}")
+        logits = "with all logits" if found.settings.loss_head == "full" else "logits in chunks"
+        said.append(f"memory: the held-out loss is the peak ({together}, {logits}); a step needs {step}")
     if found.settings.lengths_vary and machine.device == "cuda":
         outgrown = format_bytes(found.memory.fragmentation)
         said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")

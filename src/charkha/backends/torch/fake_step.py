@@ -119,7 +119,7 @@ class _Step:
         self._count_batch(batch)
         self._model.eval()
         with torch.no_grad():
-            row_losses(self._model, batch, targets)
+            row_losses(self._model, batch, targets, self._way)
         self._model.train()
         self._recorder.kind = "temporaries"
         self._recorder.enter_phase("between steps")
