@@ -32,7 +32,7 @@ def test_the_loss_does_not_depend_on_the_batch_size_and_is_that_of_training(
     assert whole.rows == 8
     assert whole.perplexity == pytest.approx(math.exp(whole.loss))
     for tokens in (1, 40, 100):
-        monkeypatch.setattr(held_out, "_TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr(held_out, "HELD_OUT_TOKENS", tokens)
         again = evaluate_run(finished.run_folder(), answers=False)
         assert again.loss == pytest.approx(whole.loss, abs=5e-6)
         assert again.tokens == whole.tokens

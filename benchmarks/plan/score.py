@@ -91,7 +91,9 @@ def report(rows: list[Scored], left: list[tuple[Row, str]]) -> str:
         "**closed form**, which is what plans for several devices, and for machines without the base model, use. "
         "Errors are predicted / published - 1. Class A rows state everything that decides the number; class B rows "
         "leave something out (lengths, counter, batch), which is then taken from the tool's defaults. Rows are put to "
-        "the planner as their publisher's code ran (losses, kernels, versions), in `benchmarks/plan/published.py`.",
+        "the planner as their publisher's code ran (losses, kernels, versions), in `benchmarks/plan/published.py`. "
+        "Only peft-bench's figures include an evaluation, which generates for 50 rows at once and needs less than its "
+        "steps; no row states a held-out loss, so none is counted.",
         f"{len(rows)} of {everything} published rows can be put to the planner.",
         "## Memory",
         _table(
@@ -223,7 +225,11 @@ _CAUSES = (
     ),
     (r"^uns-", "lengths are a cap, not what was trained; datasets of other lengths differ threefold in the same table"),
     (r"^fsdpq-01", "512 tokens: the figure is near that of loading and gathering, not of the step"),
-    (r"^fsdpq-(13|19|22)", "weights offloaded to the host: holes left by gathered layers are counted too large"),
+    (
+        r"^fsdpq-(13|22)",
+        "70B, weights offloaded: less is reserved than live tensors are counted; 10 GiB of these are what entered each "
+        "of 80 layers and its gradient, which hooks are taken to keep",
+    ),
     (r"^fsdpq", "reserved at the very limit of a 24 GB card, where the allocator gives back what it can"),
     (
         r"^litgpt",

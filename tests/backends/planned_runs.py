@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -84,15 +85,45 @@ class PlannedRun:
 
     def measured_bytes(self, base: Path, work: Path, device: str = "cpu") -> int:
         """Peak bytes of two steps of the real trainer, by the device's own allocator."""
+        outcome = self._train(base, work, device, held_out=())
+        assert outcome.peak_memory_bytes is not None
+        return outcome.peak_memory_bytes
+
+    def measured_held_out_bytes(self, base: Path, work: Path, lengths: tuple[int, ...]) -> int:
+        """Peak bytes on a CPU while the real trainer takes the held-out loss of such rows after its second step."""
+        from charkha.backends.torch import keeper, trainer
+        from charkha.backends.torch.memory import CpuPeak
+
+        built: list[Any] = []
+        peaks: list[int | None] = []
+        build, held_out_loss = trainer.build, keeper.held_out_loss
+
+        def kept(*given: Any, **named: Any) -> Any:
+            built.append(build(*given, **named))
+            return built[0]
+
+        def measured(model: Any, *given: Any, **named: Any) -> Any:
+            with CpuPeak(model, built[0].trainer.optimizer) as peak:
+                result = held_out_loss(model, *given, **named)
+            peaks.append(peak.peak_bytes)
+            return result
+
+        with mock.patch.object(trainer, "build", kept), mock.patch.object(keeper, "held_out_loss", measured):
+            self._train(base, work, "cpu", held_out=lengths)
+        assert len(peaks) == 2  # before the first step, and after the last
+        assert peaks[1] is not None
+        return peaks[1]
+
+    def _train(self, base: Path, work: Path, device: str, *, held_out: tuple[int, ...]) -> Any:
         from charkha.backends.torch import trainer
 
         vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        outcome = trainer.train(
+        return trainer.train(
             BaseModelSpec(base, self.dtype, self.attention, self.quantization, device),
             self.adapter,
             self._plan(),
             train_shard=shard_of(self.lengths * self.accumulation, vocabulary),
-            eval_shard=None,
+            eval_shard=shard_of(held_out, vocabulary) if held_out else None,
             fingerprint="x",
             pad_id=0,
             store=CheckpointStore(work),
@@ -101,8 +132,6 @@ class PlannedRun:
             record=lambda name, **fields: None,
             final_folder=work / "final",
         )
-        assert outcome.peak_memory_bytes is not None
-        return outcome.peak_memory_bytes
 
     def _plan(self) -> StepPlan:
         return StepPlan(

@@ -282,6 +282,10 @@ def test_the_card_holds_more_than_live_tensors_and_the_cache_gives_way_at_the_li
     tight = device_memory(preview, QLORA, free.least)
     assert tight.allocated <= tight.reserved < free.reserved
     assert tight.device <= free.least
+    # A card that is too small for the holes reserves what it has, and no more.
+    small = tight.allocated + tight.context + 2**20
+    too_small = device_memory(preview, QLORA, small)
+    assert too_small.device == small < too_small.least
 
 
 def test_a_cpu_has_no_context_and_no_cache():

@@ -232,6 +232,33 @@ def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
     assert any("no fake kernels" in reason for reason in record["reasons"])
 
 
+def test_a_plan_says_what_chatting_with_the_tuned_model_takes(workshop: Path) -> None:
+    told = plan(workshop, "--gpu", "rtx 3060")["generation"]
+    assert told["kv_cache_bytes_1000_tokens"] == 125 * 2**20
+    assert (told["tokens"], told["kv_cache_bytes"]) == (2048, 2048 * 2**17)
+    assert (told["adapter"]["fits"], told["merged"]["fits"]) == (True, False)  # 16 GB of weights on a 12 GB card
+    assert sum(told["merged"]["breakdown"].values()) == told["merged"]["peak_allocated_bytes"]
+    arguments = ["plan", str(workshop / "charkha.yaml"), "--gpu", "rtx 3060", "--method", "closed_form"]
+    assert (
+        "the merged model (more than is free); 125 MiB of it per 1000 tokens"
+        in CliRunner().invoke(app, arguments).output
+    )
+
+
+def test_the_held_out_loss_is_named_where_it_is_the_peak(workshop: Path) -> None:
+    short = ("data.max_length=1024", "training.loss_head=full", "training.micro_batch_size=1")
+    asked = [word for change in short for word in ("--set", change)]
+    record = plan(workshop, "--gpu", "rtx 3060", *asked)
+    assert record["peak_moment"] == "evaluation"
+    assert record["evaluation"] == {"rows": 4, "tokens": 1024, "peak_allocated_bytes": record["moments"]["evaluation"]}
+    assert sum(record["breakdown"].values()) == record["peak_allocated_bytes"] == record["moments"]["evaluation"]
+    assert any("held-out loss is the peak (4 rows of 1024 tokens" in reason for reason in record["reasons"])
+    alone = plan(workshop, "--gpu", "rtx 3060", *asked, "--set", "data.eval=null")
+    assert alone["evaluation"] is None
+    assert alone["peak_allocated_bytes"] < record["peak_allocated_bytes"]
+    assert not any("held-out loss" in reason for reason in alone["reasons"])
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [

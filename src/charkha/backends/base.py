@@ -167,6 +167,7 @@ class TraceRequest:
     max_grad_norm: float = 1.0
     device: Literal["cuda", "cpu"] = "cuda"
     compute_capability: tuple[int, int] = (8, 9)  # decides between attention kernels, and cuBLAS's workspace
+    held_out_lengths: tuple[int, ...] = ()  # of the rows of a batch that is evaluated before and after the steps
     expandable_segments: bool = False
     device_limit_bytes: int | None = None  # of what may be reserved; free segments are given back when it is met
 

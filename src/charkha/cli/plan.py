@@ -91,6 +91,7 @@ def _show(result: dict[str, Any]) -> None:
     console.print(_run_table(result, format_seconds))
     if result.get("probe") and result["probe"]["corrected"]:
         console.print(_probe_table(result["probe"]))
+    note(_generation(result["generation"], format_bytes))
     for alternative in result["alternatives"]:
         note(_alternative(alternative, format_seconds))
     if "buy_or_rent" in result:
@@ -116,6 +117,18 @@ def _streaming_table(streaming: dict[str, Any]) -> Any:
         mark = "" if speed is not streaming else f" ({streaming['bytes_per_second_source'].partition(':')[0]})"
         table.add_row(f"at {speed['bytes_per_second'] / 1e9:.1f} GB/s{mark}", hidden + free)
     return table
+
+
+def _generation(told: dict[str, Any], format_bytes: Any) -> str:
+    names = {"adapter": "base and adapter", "merged": "the merged model" if told["adapter"] else "the tuned model"}
+    parts = [
+        f"{format_bytes(told[key]['peak_allocated_bytes'])} with {name}"
+        + (" (more than is free)" if told[key]["fits"] is False else "")
+        for key, name in names.items()
+        if told[key]
+    ]
+    cache = format_bytes(told["kv_cache_bytes_1000_tokens"])
+    return f"chat at {told['tokens']} tokens: {', '.join(parts)}; {cache} of it per 1000 tokens"
 
 
 def _run_table(result: dict[str, Any], format_seconds: Any) -> Any:

@@ -110,3 +110,16 @@ def _micro_batches(
     wanted = -(-batch_size // micro_batch_size)
     micro = _cut(_by_length(rows, lengths), micro_batch_size)
     return micro + [np.empty(0, dtype=np.int64)] * (wanted - len(micro))
+
+
+def batches_by_length(lengths: NDArray[np.int64], tokens_per_batch: int) -> list[NDArray[np.intp]]:
+    """Row indices in batches of like length whose padded size stays within the budget (one row at least)."""
+    batches: list[NDArray[np.intp]] = []
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        full = end < len(order) and (end - start + 1) * int(lengths[order[end]]) > tokens_per_batch
+        if end == len(order) or full:
+            batches.append(order[start:end])
+            start = end
+    return batches

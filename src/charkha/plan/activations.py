@@ -48,6 +48,16 @@ def layer_memory(architecture: Architecture, settings: MemorySettings) -> LayerM
     )
 
 
+def forward_alone(architecture: Architecture, settings: MemorySettings) -> int:
+    """Most bytes of one layer that runs without gradients, what enters it included; 16-bit copies of weights are not.
+
+    Autocast keeps those of trained matrices until the model's forward is over.
+    """
+    layer = _in_the_steady_stream(architecture, settings)
+    there = frozenset((layer.entering, *layer.linears.copies))
+    return layer.entering.size + layer.tape.forward_peak(saving=False, already_there=there)
+
+
 def _recomputed(layer: LayerTape, settings: MemorySettings, again: int, there: frozenset[Tensor]) -> int:
     if not settings.reentrant:
         return layer.tape.backward_peak(recompute=again, already_there=there)

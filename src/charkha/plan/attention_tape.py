@@ -19,6 +19,7 @@ def attention(layer: PartsTape, normed: Tensor) -> tuple[Tensor, tuple[Tensor, .
     if not architecture.learned_positions:
         stream = layer.entering.width
         query, key = (_rotated(tape, part, max(part.width, stream)) for part in (query, key))
+    layer.cached_widths = key.width, value.width
     widths = _softmax_width(architecture, settings, normed), value.width
     if settings.autocast:
         query, key, value = (tape.cast(part, settings.activation_bytes) for part in (query, key, value))
@@ -152,9 +153,11 @@ def _math(layer: PartsTape, query: Tensor, key: Tensor, value: Tensor) -> Tensor
     count = settings.positions * settings.tokens * architecture.heads
     scores = tape.operator((scaled, keys), count, FULL_BYTES, saves=(scaled, keys))
     scores = tape.operator((scores,), count, FULL_BYTES, passes_gradient=True)
-    likely = tape.operator((scores,), count, FULL_BYTES, saves_output=True)
+    # _safe_softmax looks for rows that hide everything, in a boolean a score.
+    likely = tape.operator((scores,), count, FULL_BYTES, saves_output=True, inside=count)
     if architecture.dropout:
         likely = layer.dropout(likely)
     values = tape.operator((wide[2],), query.elements, FULL_BYTES)
     attended = tape.operator((likely, values), query.elements, FULL_BYTES, saves=(likely, values))
+    tape.alive_until_here(query, key, value, *wide, scaled)
     return tape.cast(attended, query.width)

@@ -52,8 +52,9 @@ def device_memory(preview: MemoryPreview, settings: MemorySettings, limit_bytes:
     allocated = preview.peak_bytes
     if settings.device != "cuda":
         return DeviceMemory(allocated, allocated, allocated, allocated, 0, 0)
-    context = CONTEXT_BYTES + (NCCL_BYTES if settings.processes > 1 else 0)
-    comes_and_goes = max(0, allocated - preview.held_bytes)
+    context = _context(settings)
+    step = preview.step_bytes
+    comes_and_goes = max(0, step - preview.held_bytes)
     recomputes = settings.gradient_checkpointing and settings.strategy != "fsdp"  # FSDP keeps what enters every layer
     share = _USUAL_HOLES_RECOMPUTED if recomputes else _USUAL_HOLES
     fragmentation = int(share * comes_and_goes)
@@ -61,11 +62,28 @@ def device_memory(preview: MemoryPreview, settings: MemorySettings, limit_bytes:
         fragmentation += int(_SPLIT_SHARE * min(preview.layer_phase_bytes, preview.loss_phase_bytes))
     if settings.lengths_vary:
         fragmentation += int(_OUTGROWN_SETS * (preview.layer_phase_bytes + preview.loss_phase_bytes))
-    least = allocated + int(_holes_share(settings) * comes_and_goes) + context
-    reserved = allocated + fragmentation
-    if limit_bytes is not None and least <= limit_bytes:
+    holes = _holes_share(settings)
+    evaluating = preview.held_out_least_bytes
+    least = context + max(
+        step + int(holes * comes_and_goes), evaluating + int(holes * max(0, evaluating - preview.resting_bytes))
+    )
+    # A run evaluates before its first step, so training finds the blocks that the held-out logits lay in.
+    passing = max(0, preview.held_out_bytes - preview.resting_bytes)
+    reserved = max(step + fragmentation, preview.held_out_bytes + int(_USUAL_HOLES * passing))
+    if limit_bytes is not None and allocated + context <= limit_bytes:  # no card reserves more than it has
         reserved = max(allocated, min(reserved, limit_bytes - context))
     return DeviceMemory(allocated, reserved, reserved + context, least, reserved - allocated, context)
+
+
+def room_for_tensors(settings: MemorySettings, limit_bytes: int | None) -> int | None:
+    """What a limit leaves for live tensors; None where there is none, and on a CPU, which never says it is full."""
+    if limit_bytes is None or settings.device != "cuda":
+        return None
+    return limit_bytes - _context(settings)
+
+
+def _context(settings: MemorySettings) -> int:
+    return CONTEXT_BYTES + (NCCL_BYTES if settings.processes > 1 else 0)
 
 
 def _holes_share(settings: MemorySettings) -> float:

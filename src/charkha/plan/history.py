@@ -90,6 +90,7 @@ def shape_of(
 ) -> RunShape:
     """The shape of a run of these settings on the device of that name."""
     told = asdict(settings) | {"offload": sorted(settings.offload), "trained_positions": None}
+    del told["held_out"]  # how the data was split is nothing of the step
     return RunShape(
         machine=machine,
         device=device if settings.device != "cpu" else f"{device}, {threads} threads",

@@ -167,8 +167,10 @@ class LinearTape:
         return self.tape.operator((product,), product.elements, product.width)
 
     def _add(self, first: Tensor, second: Tensor) -> Tensor:
+        """On a CPU the narrower one is copied, which kernels of a GPU convert as they read."""
         width = max(first.width, second.width)
-        return self.tape.operator((first, second), first.elements, width, passes_gradient=True)
+        copied = first.elements * width if self.settings.device == "cpu" and first.width != second.width else 0
+        return self.tape.operator((first, second), first.elements, width, passes_gradient=True, inside=copied)
 
     def _dora(self, read: Tensor, result: Tensor, layer: Linear) -> Tensor:
         """The base's product and the adapter's, each times a trained fp32 vector; the sum comes in fp32."""

@@ -2,7 +2,8 @@
 
 The counter is live tensor bytes: `torch.cuda.max_memory_allocated` on a GPU, the allocator's own sum on a CPU. It is
 the steady state (optimizer states exist) at the longest micro batch, on the device that holds most. What the CUDA
-caching allocator reserves beyond it, and the context, is in device_memory.py.
+caching allocator reserves beyond it, and the context, is in device_memory.py. Where rows are held out, taking their
+loss between steps is one more moment (held_out_memory.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from charkha.optimizers import KNOWN_OPTIMIZERS
 from charkha.plan.activations import LayerMemory, layer_memory
 from charkha.plan.architecture import Architecture
 from charkha.plan.attention_tape import is_masked
+from charkha.plan.held_out_memory import HeldOutMemory, held_out_memory, single_row_memory
 from charkha.plan.loss_memory import HeadMemory, head_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.sharding import Shares, shares
@@ -32,6 +34,22 @@ class MemoryPreview:
     layer_phase_bytes: int = 0  # what comes and goes while layers are gone through backward
     loss_phase_bytes: int = 0  # and while head and loss are computed
     held_bytes: int = 0  # what is there at every moment
+    held_out: HeldOutMemory | None = None  # beside `resting_bytes`, which is there between steps
+    resting_bytes: int = 0
+    held_out_least_bytes: int = 0  # of one held-out row at a time, `resting_bytes` included
+
+    @property
+    def step_bytes(self) -> int:
+        """The peak of the training step itself."""
+        return max(size for name, size in self.moments.items() if name != EVALUATION)
+
+    @property
+    def held_out_bytes(self) -> int:
+        """The peak while the held-out loss is taken; 0 where nothing is held out."""
+        return self.moments.get(EVALUATION, 0)
+
+
+EVALUATION = "evaluation"  # the moment's name, in a trace too
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,11 @@ class _Step:
             "batch": 3 * 8 * settings.positions + pairs,
             "workspace": settings.workspace_bytes if settings.device == "cuda" else 0,
         }
+
+    def at_rest(self) -> dict[str, int]:
+        """What is there between steps, when all gradients are gone; layers of a sharded model are gathered anew."""
+        gathered = self.shares.gathered_root + self.shares.gathered_layer
+        return self.always() | {"gradients": 0, "batch": 0, "gathered_weights": gathered}
 
     def kept_layers(self, layers: int, *, inputs: int | None = None) -> int:
         """Activations that `layers` layers keep: all of them, or with checkpointing only what entered each.
@@ -181,8 +204,11 @@ class _Step:
         return self.layer.backward - self.layer.saved
 
 
-def preview_memory(architecture: Architecture, settings: MemorySettings) -> MemoryPreview:
-    """Peak live tensor bytes of training `architecture` with `settings`, and at which moment of the step."""
+def preview_memory(architecture: Architecture, settings: MemorySettings, room: int | None = None) -> MemoryPreview:
+    """Peak live tensor bytes of training `architecture` with `settings`, and at which moment.
+
+    `room`, where it is known, is what live tensors have: a held-out batch that is larger is taken in parts.
+    """
     step = _Step(
         architecture,
         settings,
@@ -192,6 +218,11 @@ def preview_memory(architecture: Architecture, settings: MemorySettings) -> Memo
     )
     always = step.always()
     terms = {name: _sum(always, moment) for name, moment in _moments(step).items()}
+    resting = step.at_rest()
+    at_rest = sum(resting.values())
+    held_out = held_out_memory(architecture, settings, None if room is None else room - at_rest)
+    if held_out is not None:
+        terms[EVALUATION] = _sum(resting, held_out.terms)
     peak_moment = max(terms, key=lambda name: sum(terms[name].values()))
     largest_first = sorted(terms[peak_moment].items(), key=lambda term: -term[1])
     breakdown = {name: size for name, size in largest_first if size}
@@ -205,6 +236,9 @@ def preview_memory(architecture: Architecture, settings: MemorySettings) -> Memo
         layer_phase_bytes=step.layer_temporaries(),
         loss_phase_bytes=max(step.head.loss_forward, step.head.loss_backward),
         held_bytes=sum(always.values()),
+        held_out=held_out,
+        resting_bytes=at_rest,
+        held_out_least_bytes=at_rest + single_row_memory(architecture, settings) if held_out else 0,
     )
 
 

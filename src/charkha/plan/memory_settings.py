@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FULL_BYTES = 4  # fp32: trained weights, gradients, optimizer states, the loss
@@ -24,6 +24,15 @@ LossKernel = Literal[
     "in_place_narrow",
     "kept_chunks",
 ]
+
+
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """Rows that are evaluated together, padded to the longest."""
+
+    rows: int
+    tokens: int
+    padded: bool
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,18 @@ class MemorySettings:
     hooks_keep_inputs: bool = False  # FSDP beside frozen weights, with re-entrant checkpointing
     offload: frozenset[str] = frozenset()  # optimizer, parameters, activations
     workspace_bytes: int = 32 * 2**20  # what torch gives cuBLAS on Hopper, once; older GPUs get about 8 MiB
+    held_out: tuple[HeldOutBatch, ...] = ()  # the largest batches of the held-out loss; none where nothing is held out
     streamed: bool = False  # the frozen base comes layer by layer from host memory or disk
     streamed_resident_layers: int = 0  # of it, those that stay on the device
     streamed_slots: int = 2  # buffers of one layer each that the others take turns in
     streamed_from: Literal["ram", "disk"] = "ram"  # where the others wait
     host_tables: HostTables = "none"  # of a streamed base; only the rows in use, and blocks of the head, are brought
     casts_tables: bool = False  # whether the base's files have them in another type
+
+    def cut_to(self, tokens: int) -> MemorySettings:
+        """The same with no row longer than that, trained or held out."""
+        held_out = tuple(replace(batch, tokens=min(batch.tokens, tokens)) for batch in self.held_out)
+        return replace(self, tokens=tokens, trained_positions=None, held_out=held_out)
 
     @property
     def positions(self) -> int:

@@ -18,6 +18,7 @@ class PartsTape:
         self.settings = settings
         self.linears = LinearTape(self.tape, architecture, settings)
         self.scores: tuple[Tensor, ...] = ()  # of whole attention, which the layer's code holds to its end
+        self.cached_widths = (0, 0)  # bytes of an element of keys and values as a cache would keep them
         self.entering = Tensor(settings.positions * architecture.hidden_size, stream_width)
 
     def dropout(self, tensor: Tensor) -> Tensor:

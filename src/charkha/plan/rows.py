@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from charkha.plan.memory_settings import HeldOutBatch
+
 
 @dataclass(frozen=True)
 class MicroBatches:
@@ -26,6 +28,7 @@ class Rows:
     known: bool = False  # whether lengths were counted, not taken as max_length
     packed: bool = False
     shapes: Mapping[int, tuple[MicroBatches, ...]] = field(default_factory=dict)  # of an epoch, by the micro batch size
+    held_out: tuple[HeldOutBatch, ...] = ()  # the largest batches of the held-out loss
 
     def micro_batches(self, size: int, batch_size: int) -> tuple[MicroBatches, ...]:
         """Those of an epoch of micro batches of `size` rows; of full-length rows where lengths are not known.

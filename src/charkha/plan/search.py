@@ -14,7 +14,7 @@ from typing import Any
 from charkha.hardware.catalog import Gpu, catalog
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
-from charkha.plan.device_memory import DeviceMemory, device_memory, host_memory_bytes
+from charkha.plan.device_memory import DeviceMemory, device_memory, host_memory_bytes, room_for_tensors
 from charkha.plan.memory import MemoryPreview, preview_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
@@ -61,7 +61,7 @@ class Proposal:
 def evaluate(architecture: Architecture, settings: MemorySettings, machine: Machine) -> Candidate:
     """What these settings need and reach there."""
     limit = limit_of(architecture, settings, machine)
-    preview = preview_memory(architecture, settings)
+    preview = preview_memory(architecture, settings, room_for_tensors(settings, limit))
     memory = device_memory(preview, settings, limit)
     time = streamed_step_time(architecture, settings, machine)
     host = host_memory_bytes(architecture, settings, 0) if machine.ram_bytes and machine.gpu else 0
@@ -205,7 +205,7 @@ def longest_that_fits(architecture: Architecture, settings: MemorySettings, mach
     low, high = 0, settings.tokens
     while high - low > max(8, low // 50):
         middle = (low + high) // 2
-        if evaluate(architecture, replace(settings, tokens=middle, trained_positions=None), machine).fits:
+        if evaluate(architecture, settings.cut_to(middle), machine).fits:
             low = middle
         else:
             high = middle

@@ -11,10 +11,12 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.cost import Cost, run_cost
 from charkha.plan.device_memory import disk_bytes, host_memory_bytes
 from charkha.plan.history import PUBLISHED_P90
+from charkha.plan.memory import EVALUATION
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, fallbacks, host_has_room
+from charkha.training.planned_generation import generation_record
 from charkha.training.planned_streaming import streamed_plan
 from charkha.training.planned_trace import Traced
 from charkha.units import format_bytes
@@ -48,6 +50,8 @@ def plan_record(
         "breakdown": dict(traced.breakdown or {}) if traced else found.preview.breakdown,
         "peak_moment": traced.peak_moment if traced else found.preview.peak_moment,
         "moments": found.preview.moments,
+        "evaluation": _evaluation(found),
+        "generation": generation_record(architecture, found),
         "trainable_parameters": found.preview.trainable_parameters,
         "total_parameters": architecture.parameters,
         "active_parameters": architecture.active_parameters,
@@ -100,6 +104,15 @@ def _fits(found: Candidate, machine: Machine, allocated: int, host: int, disk: i
     return device and ram and (machine.disk_free_bytes is None or disk <= machine.disk_free_bytes)
 
 
+def _evaluation(found: Candidate) -> dict[str, int] | None:
+    """The held-out batch that needs most, in closed form; None where nothing is held out."""
+    held_out = found.preview.held_out
+    if held_out is None:
+        return None
+    rows, tokens = held_out.batch.rows, held_out.batch.tokens
+    return {"rows": rows, "tokens": tokens, "peak_allocated_bytes": found.preview.held_out_bytes}
+
+
 def _settings_record(settings: MemorySettings) -> dict[str, Any]:
     return asdict(settings) | {"offload": sorted(settings.offload)}
 
@@ -107,6 +120,11 @@ def _settings_record(settings: MemorySettings) -> dict[str, Any]:
 def verdicts(record: dict[str, Any], found: Candidate, machine: Machine) -> list[str]:
     """What does not fit, by how much; and host memory beside the usual rule where it is known."""
     said = []
+    if record["peak_moment"] == EVALUATION and found.preview.held_out:
+        batch, step = found.preview.held_out.batch, format_bytes(found.preview.step_bytes)
+        together = f"{batch.rows} row{'s' * (batch.rows > 1)} of {batch.tokens} tokens"
+        logits = "with all logits" if found.settings.loss_head == "full" else "logits in chunks"
+        said.append(f"memory: the held-out loss is the peak ({together}, {logits}); a step needs {step}")
     if found.settings.lengths_vary and machine.device == "cuda":
         outgrown = format_bytes(found.memory.fragmentation)
         said.append(f"reserved counts {outgrown} of blocks that longer rows outgrow; they are given back when needed")

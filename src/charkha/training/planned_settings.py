@@ -256,6 +256,7 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         offload=config.devices.offloaded - (frozenset() if step.offload_activations else {"activations"}),
         casts_tables=model.is_cast,
         workspace_bytes=_workspace(machine),
+        held_out=rows.held_out,
     )
 
 

@@ -51,7 +51,7 @@ def preview(
     base_config: Mapping[str, Any],
 ) -> Preview:
     """The same record as `charkha plan` gives, by a trace where this very step was traced before; it makes none."""
-    trace = remembered_peak(planned.settings, config, base_config, machine)
+    trace = remembered_peak(planned.way.candidate, config, base_config, machine)
     record = plan_record(config, architecture, machine, rows, planned.way.candidate, trace)
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons]
     corrected_by_history(record, config, architecture, planned.settings, machine)

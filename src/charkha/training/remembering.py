@@ -40,7 +40,8 @@ def remember_run(session: Session, events: list[dict[str, Any]], peak_bytes: int
         steps=len(seconds),
         planned_seconds=planned_seconds,
         measured_seconds=working_seconds(seconds),
-        planned_bytes=found.preview.peak_bytes,
+        # On a CPU steps alone are measured; a GPU's own counter knows of evaluation too.
+        planned_bytes=found.preview.peak_bytes if settings.device == "cuda" else found.preview.step_bytes,
         measured_bytes=peak_bytes,
         finished_unix_s=int(time.time()),
     )

@@ -8,8 +8,10 @@ import numpy as np
 
 from charkha.backends.base import Packing
 from charkha.config import Config
-from charkha.data.order import padded_micro_batches
+from charkha.data.order import batches_by_length, padded_micro_batches
 from charkha.data.shards import Shard
+from charkha.plan.held_out_memory import HELD_OUT_TOKENS, largest_batches
+from charkha.plan.memory_settings import HeldOutBatch
 from charkha.plan.packing_support import BY_MASK
 from charkha.plan.rows import MicroBatches, Rows
 from charkha.training.dataset import PreparedData
@@ -28,7 +30,8 @@ def rows_of(data: PreparedData, packing: Packing | None, config: Config, model: 
     if packing is not None:
         mean = float(shard.lengths.sum()) / packing.rows
         shapes = {size: _packed_shapes(data, packing, size, model) for size in sizes}
-        return Rows(packing.row_tokens, mean, packing.rows, known=True, packed=True, shapes=shapes)
+        held_out = held_out_batches(data.eval)
+        return Rows(packing.row_tokens, mean, packing.rows, known=True, packed=True, shapes=shapes, held_out=held_out)
     return Rows(
         longest=int(shard.lengths.max()),
         mean=float(shard.lengths.mean()),
@@ -36,6 +39,18 @@ def rows_of(data: PreparedData, packing: Packing | None, config: Config, model: 
         trained_positions=trained_positions(shard, sizes),
         known=True,
         shapes={size: _shapes(data, size, config) for size in sizes},
+        held_out=held_out_batches(data.eval),
+    )
+
+
+def held_out_batches(shard: Shard | None) -> tuple[HeldOutBatch, ...]:
+    """Of the batches that the held-out loss is taken over, those that may need most."""
+    if shard is None:
+        return ()
+    batches = [shard.lengths[rows] for rows in batches_by_length(shard.lengths, HELD_OUT_TOKENS)]
+    return largest_batches(
+        HeldOutBatch(len(lengths), int(lengths.max()), padded=bool(lengths.min() < lengths.max()))
+        for lengths in batches
     )
 
 

@@ -20,6 +20,7 @@ from charkha.hardware.machine import Machine, machine_of, machine_record, this_m
 from charkha.plan.architecture import Architecture
 from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory
+from charkha.plan.held_out_memory import full_batch
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate, machines_that_fit, propose
@@ -79,7 +80,7 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     found = evaluate(architecture, planned.settings, used)
     traced = Traced("the closed form was asked for")
     if wish.method == "trace":
-        traced = traced_peak(planned.settings, loaded.config, base.config, machine)
+        traced = traced_peak(found, loaded.config, base.config, machine)
     record = plan_record(loaded.config, architecture, used, rows, found, traced)
     record["choices"] = [asdict(choice) for choice in chooser.choices]
     said = [*(str(choice) for choice in chooser.choices), *planned.reasons, *data.notes]
@@ -152,8 +153,9 @@ def _data(
         count: int | None = sum(len(read_rows(path, mapping=mapping).rows) for path in files)
     else:
         count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
-    packed = loaded.config.data.packing is True
-    return _Data(Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), tuple(notes))
+    packed, has_eval = loaded.config.data.packing is True, bool(loaded.config.data.eval)
+    held_out = (full_batch(max_length),) if has_eval else ()
+    return _Data(Rows(max_length, float(max_length), count, packed=packed, held_out=held_out), has_eval, tuple(notes))
 
 
 def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:

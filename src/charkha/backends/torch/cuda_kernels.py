@@ -202,9 +202,8 @@ def cuda_temporaries(func: Any, args: tuple[Any, ...], result: Any) -> Iterable[
 
 def cpu_temporaries(func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
     """The same on a CPU."""
-    if str(func) == "bitsandbytes.gemm_4bit.default":
-        return _unpacked(args, copies_of_constants=1)
-    return ()
+    inside = _INSIDE_ON_CPU.get(str(func))
+    return inside(args, result) if inside is not None else ()
 
 
 def _flash_backward(args: tuple[Any, ...], result: Any) -> Iterable[int]:
@@ -273,11 +272,39 @@ def _int8_product(args: tuple[Any, ...], result: Any) -> Iterable[int]:
     return (4 * result[0].numel(), 2 * result[0].numel())
 
 
+def _safe_softmax(args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    """native/SoftMax.cpp: which scores are minus infinity, in booleans."""
+    yield args[0].numel()
+
+
+def _gemm_4bit_on_cpu(args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    return _unpacked(args, copies_of_constants=1)
+
+
+def _int8_quantization_on_cpu(args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    """bitsandbytes/backends/default/ops.py: outliers in booleans, rows scaled and rounded in fp32, then the result."""
+    count = args[0].numel()
+    return (count, 4 * count, 3 * count)
+
+
+def _int8_product_on_cpu(args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    """bitsandbytes/backends/default/ops.py, when nothing is trained: int32 products; they, scales, and both in fp32."""
+    made = result[0]
+    return (*[4 * made.numel()] * 3, (4 - made.element_size()) * made.numel())
+
+
+_INSIDE_ON_CPU: dict[str, Callable[[tuple[Any, ...], Any], Iterable[int]]] = {
+    "aten._safe_softmax.default": _safe_softmax,
+    "bitsandbytes.gemm_4bit.default": _gemm_4bit_on_cpu,
+    "bitsandbytes.int8_vectorwise_quant.default": _int8_quantization_on_cpu,
+    "bitsandbytes.int8_mixed_scaled_mm.default": _int8_product_on_cpu,
+}
 _INSIDE: dict[str, Callable[[tuple[Any, ...], Any], Iterable[int]]] = {
     "aten._scaled_dot_product_flash_attention_backward.default": _flash_backward,
     "torch_attn._varlen_attn_backward.default": _varlen_backward,
     "aten._scaled_dot_product_efficient_attention_backward.default": _efficient_backward,
     "aten._scaled_dot_product_cudnn_attention_backward.default": _cudnn_backward,
+    "aten._safe_softmax.default": _safe_softmax,
     "bitsandbytes.gemm_4bit.default": _gemm_4bit,
     "bitsandbytes.int8_vectorwise_quant.default": _int8_quantization,
     "bitsandbytes.int8_mixed_scaled_mm.default": _int8_product,

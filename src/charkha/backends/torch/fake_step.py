@@ -29,9 +29,11 @@ from charkha.backends.torch.cuda_kernels import (
 from charkha.backends.torch.fake_attention import use_planned_attention
 from charkha.backends.torch.fake_model import weight_tensors
 from charkha.backends.torch.fake_optimizer import make_optimizer, paged_states
+from charkha.backends.torch.held_out import row_losses
 from charkha.backends.torch.host_copies import Copy, HostCopies, PageableMemory
 from charkha.backends.torch.loss import causal_model, choose_loss, training_loss
 from charkha.backends.torch.recorder import Recorder
+from charkha.plan.memory import EVALUATION
 
 STEPS = 2  # from the second on, optimizer states exist
 # The third micro batch of a step finds what the second found: gradients to add to.
@@ -58,8 +60,10 @@ def run_steps(model: Any, request: TraceRequest, recorder: Recorder) -> int:
             stack.enter_context(CudaStandIns(request.compute_capability))
         stack.enter_context(recorder)
         step = _Step(model, request, recorder, way, one_row)
+        step.evaluate()
         for number in range(STEPS):
             step.run(f"step {number + 1}", optimizer, trained)
+        step.evaluate()
     return _count(trained)
 
 
@@ -129,6 +133,23 @@ class _Step:
         self._update(optimizer, trained)
         recorder.enter_phase(f"{name}: end")
 
+    def evaluate(self) -> None:
+        """The held-out loss of one batch, as held_out.py takes it at step 0 and after the last one."""
+        lengths = self._request.held_out_lengths
+        if not lengths:
+            return
+        self._recorder.enter_phase(EVALUATION)
+        self._take_workspace("forward")
+        batch = padded_batch(lengths, None)
+        targets = batch["labels"][:, 1:]
+        self._count_batch(batch)
+        self._model.eval()
+        with torch.no_grad():
+            row_losses(self._model, batch, targets, self._way)
+        self._model.train()
+        self._recorder.kind = "temporaries"
+        self._recorder.enter_phase("between steps")
+
     def _update(self, optimizer: Any, trained: list[nn.Parameter]) -> None:
         if self._request.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(trained, self._request.max_grad_norm)
@@ -148,12 +169,15 @@ class _Step:
 
     def _batch(self) -> dict[str, Any]:
         batch = make_batch(self._request, one_row=self._one_row)
+        self._count_batch(batch)
+        return batch
+
+    def _count_batch(self, batch: dict[str, Any]) -> None:
         for value in batch.values():
             if isinstance(value, torch.Tensor):
                 self._recorder.hold(value, "batch")
                 if self._request.device == "cpu":
                     self._recorder.leave_out(value)  # numpy's memory there, which torch's allocator does not count
-        return batch
 
 
 def make_batch(request: TraceRequest, *, one_row: bool) -> dict[str, Any]:
@@ -161,12 +185,17 @@ def make_batch(request: TraceRequest, *, one_row: bool) -> dict[str, Any]:
     if request.document_lengths:
         return _packed_batch(request, one_row)
     lengths = request.row_lengths or (request.sequence_length,) * request.micro_batch_size
+    return padded_batch(lengths, request.trained_tokens_per_row)
+
+
+def padded_batch(lengths: tuple[int, ...], trained: int | None) -> dict[str, Any]:
+    """Rows of these lengths, of which the last `trained` tokens carry loss; None: all."""
     shape = (len(lengths), max(lengths))
     mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED)
     for row, length in enumerate(lengths):
         mask[row, :length] = 1
-        labels[row, max(0, length - (request.trained_tokens_per_row or length)) : length] = 1
+        labels[row, max(0, length - (trained or length)) : length] = 1
     return {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": mask, "labels": labels}
 
 

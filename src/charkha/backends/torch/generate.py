@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 
 from charkha.backends.torch.device_errors import in_parts_that_fit
-from charkha.backends.torch.held_out import batches_by_length
+from charkha.backends.torch.loss import causal_model
 from charkha.backends.torch.virtual_tokens import embedded_rows, uses_virtual_tokens
+from charkha.data.order import batches_by_length
 
 _TOKENS_PER_BATCH = 16384  # rows x (longest prompt + new tokens); bounds the key/value cache
 
@@ -65,12 +67,13 @@ def stream(
     cache: Any = None
     new: list[int] = []
     shown = ""
-    with torch.no_grad():
+    with torch.no_grad(), _one_product_at_the_head(model):
         if uses_virtual_tokens(model):
             inputs = {"inputs_embeds": embedded_rows(model, ids, torch.ones_like(ids))[0]}
             model = model.get_base_model()
+        last_alone = _of_the_last_token_alone(model)
         for _ in range(max_new_tokens):
-            outputs = model(**inputs, past_key_values=cache, use_cache=True)
+            outputs = model(**inputs, past_key_values=cache, use_cache=True, **last_alone)
             cache = outputs.past_key_values
             chosen = _choose(outputs.logits[0, -1].float().cpu(), temperature, generator)
             if chosen in end_ids:
@@ -84,6 +87,12 @@ def stream(
     rest = decode(new)[len(shown) :]
     if rest:
         yield rest
+
+
+def _of_the_last_token_alone(model: Any) -> dict[str, int]:
+    """What has a model make logits of the last token only, where its class can: those of a long prompt are large."""
+    takes = inspect.signature(causal_model(model).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -108,7 +117,7 @@ def _generate_batch(
         embeds, wide_mask = embedded_rows(model, inputs["input_ids"], inputs["attention_mask"])
         inputs = {"inputs_embeds": embeds, "attention_mask": wide_mask}
         model, width = model.get_base_model(), 0  # from embeddings, `generate` gives back the new tokens only
-    with _own_generation_config(model, config):
+    with _own_generation_config(model, config), _one_product_at_the_head(model):
         output = model.generate(**inputs, generation_config=config)
     return [_until_end(row, end_ids) for row in output[:, width:].cpu().tolist()]
 
@@ -143,6 +152,26 @@ def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
     finally:
         for holder, own in zip(holders, before, strict=True):
             holder.generation_config = own
+
+
+@contextmanager
+def _one_product_at_the_head(model: Any) -> Iterator[None]:
+    """Has the head multiply all rows at once.
+
+    It is given the last token of each row as a view, and torch takes a frozen weight times a view row by row; on a CPU
+    in 16 bits with a copy of the weight for each (at::matmul, should_fold).
+    """
+    head = causal_model(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _head, given: (_with_own_strides(given[0]), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _with_own_strides(last: torch.Tensor) -> torch.Tensor:
+    """A copy: of a single row `contiguous` would give back the view, with its strides."""
+    return last.clone(memory_format=torch.contiguous_format)
 
 
 def _until_end(ids: list[int], end_ids: frozenset[int]) -> list[int]:

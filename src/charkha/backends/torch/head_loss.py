@@ -44,6 +44,14 @@ class StreamedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
         return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None
 
 
+def streamed_losses(hidden: torch.Tensor, head: HostHead, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Negative log-likelihoods [tokens] in fp32, without gradients: the first of the two passes alone."""
+    assert head.table is not None
+    rows = max(_LEAST_ROWS, _CHUNK_BYTES // (4 * max(1, len(hidden))))
+    logsum, wanted = _sums(hidden.to(head.table.dtype), head, rows, targets, softcap)
+    return logsum - wanted
+
+
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> Any:
     narrow = None if bias is None else bias.to(hidden.dtype)
     logits = functional.linear(hidden, weight.to(hidden.dtype), narrow).float()

@@ -12,29 +12,43 @@ import torch
 from charkha.backends.base import HeldOutLoss
 from charkha.backends.torch.batches import IGNORED, collate
 from charkha.backends.torch.device_errors import in_parts_that_fit
+from charkha.backends.torch.loss import choose_loss, losses_in_chunks
 from charkha.backends.torch.ranks import ALONE, Ranks
+from charkha.data.order import batches_by_length
 from charkha.data.shards import Shard
-
-_TOKENS_PER_BATCH = 4096  # rows x longest row; bounds activations and logits
+from charkha.plan.held_out_memory import HELD_OUT_TOKENS
 
 
 def held_out_loss(
-    model: Any, shard: Shard, pad_id: int, on_batch: Callable[[], None] = lambda: None, ranks: Ranks = ALONE
+    model: Any,
+    shard: Shard,
+    pad_id: int,
+    on_batch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
+    *,
+    way: str | None = None,
 ) -> HeldOutLoss:
     """Mean negative log-likelihood per trained token, and per row.
+
+    `way` is training's (loss.py): `chunked` makes no more logits here either. None: chunks wherever the model allows.
 
     The model's mode and the random numbers are as before afterwards; nothing is sampled. `on_batch` is called after
     each batch. Several processes take turns with the batches, and each returns the whole result.
     """
     began = time.monotonic()
     was_training = model.training
+    way = way or choose_loss(model, "chunked")
     model.eval()
     sums = np.zeros(len(shard.lengths))
     counts = np.zeros(len(shard.lengths), dtype=np.int64)
+
+    def row_sums(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _row_sums(model, collate(shard, rows, pad_id), way)
+
     try:
         with torch.no_grad():
-            for rows in batches_by_length(shard.lengths, _TOKENS_PER_BATCH)[ranks.rank :: ranks.count]:
-                for part, found in in_parts_that_fit(rows, lambda some: _row_sums(model, collate(shard, some, pad_id))):
+            for rows in batches_by_length(shard.lengths, HELD_OUT_TOKENS)[ranks.rank :: ranks.count]:
+                for part, found in in_parts_that_fit(rows, row_sums):
                     sums[part], counts[part] = found
                 on_batch()
     finally:
@@ -49,30 +63,23 @@ def held_out_loss(
     )
 
 
-def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Row indices in batches of like length whose padded size stays within the budget (one row at least)."""
-    batches: list[np.ndarray] = []
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    for end in range(1, len(order) + 1):
-        full = end < len(order) and (end - start + 1) * int(lengths[order[end]]) > tokens_per_batch
-        if end == len(order) or full:
-            batches.append(order[start:end])
-            start = end
-    return batches
-
-
-def _row_sums(model: Any, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _row_sums(model: Any, batch: dict[str, torch.Tensor], way: str) -> tuple[np.ndarray, np.ndarray]:
     """Per row: the summed negative log-likelihood of its labelled tokens (float64) and how many there are."""
-    device = next(model.parameters()).device
-    logits = model(
-        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
-    ).logits
+    targets = batch["labels"][:, 1:].to(next(model.parameters()).device)
+    sums = row_losses(model, batch, targets, way)
+    return sums.double().cpu().numpy(), (targets != IGNORED).sum(dim=1).cpu().numpy()
+
+
+def row_losses(model: Any, batch: dict[str, torch.Tensor], targets: torch.Tensor, way: str) -> torch.Tensor:
+    """Summed negative log-likelihoods [rows] in fp32; `targets` [rows, tokens - 1] are the labels of next tokens."""
+    inputs = {name: batch[name].to(targets.device) for name in ("input_ids", "attention_mask")}
+    if way == "chunked":
+        return torch.stack([losses.sum() for losses in losses_in_chunks(model, inputs, targets)])
+    logits = model(**inputs, use_cache=False).logits
     logits = logits[:, logits.shape[1] - batch["labels"].shape[1] :]  # prompt tuning: virtual tokens stand before
-    targets = batch["labels"][:, 1:].to(device)
     # Rows one at a time: log-probabilities in fp32 exist for one row, not for the batch.
     sums = [
         torch.nn.functional.cross_entropy(logits[row, :-1].float(), targets[row], ignore_index=IGNORED, reduction="sum")
         for row in range(len(targets))
     ]
-    return torch.stack(sums).double().cpu().numpy(), (targets != IGNORED).sum(dim=1).cpu().numpy()
+    return torch.stack(sums)

@@ -154,7 +154,14 @@ class Keeper(TrainerCallback):  # type: ignore[misc]  # transformers ships no ty
     def _evaluate(self, step: int) -> HeldOutLoss | None:
         if self._eval_shard is None:
             return None
-        result = held_out_loss(self._trainer.model, self._eval_shard, self._pad_id, self._steering.beat, self._ranks)
+        result = held_out_loss(
+            self._trainer.model,
+            self._eval_shard,
+            self._pad_id,
+            self._steering.beat,
+            self._ranks,
+            way=self._trainer.loss_way,
+        )
         self._record(
             "eval", step=step, eval_loss=result.loss, eval_tokens=result.tokens, seconds=round(result.seconds, 3)
         )

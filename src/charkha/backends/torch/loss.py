@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from charkha.backends.torch.batches import IGNORED
-from charkha.backends.torch.head_loss import StreamedHeadLoss
+from charkha.backends.torch.head_loss import StreamedHeadLoss, streamed_losses
 from charkha.backends.torch.host_tables import HostHead
 
 _CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
@@ -110,6 +110,34 @@ def _chunked(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) 
     if isinstance(head, HostHead):
         return StreamedHeadLoss.apply(hidden[rows, columns], head, labels[rows, columns + 1], _softcap(causal))
     return _HeadLoss.apply(hidden[rows, columns], head.weight, head.bias, labels[rows, columns + 1], _softcap(causal))
+
+
+def losses_in_chunks(model: Any, inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> list[torch.Tensor]:
+    """Negative log-likelihoods of each row's labelled tokens in fp32, without gradients; for a model of way `chunked`.
+
+    `targets` [rows, tokens - 1] are the labels of what comes next. Logits exist for a chunk of tokens at a time.
+    """
+    hidden = _last_hidden_states(model, inputs)
+    wanted = targets != IGNORED
+    causal = causal_model(model)
+    head, softcap = causal.get_output_embeddings(), _softcap(causal)
+    kept, labels = hidden[:, :-1][wanted], targets[wanted]
+    del hidden
+    if isinstance(head, HostHead):
+        losses = streamed_losses(kept, head, labels, softcap)
+    else:
+        step = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
+        pairs = zip(kept.split(step), labels.split(step), strict=True)
+        losses = torch.cat([kept.new_zeros(0).float(), *(_head_losses(*pair, head, softcap) for pair in pairs)])
+    return list(losses.split(wanted.sum(dim=1).tolist()))
+
+
+def _head_losses(hidden: torch.Tensor, labels: torch.Tensor, head: Any, softcap: float | None) -> torch.Tensor:
+    """Of hidden states [tokens, hidden] through a linear head, in the type of its weight, as in _HeadLoss."""
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.logsumexp(logits, dim=-1) - logits.gather(1, labels[:, None]).squeeze(1)
 
 
 def _last_hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
