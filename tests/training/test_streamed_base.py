@@ -132,6 +132,21 @@ def test_experts_and_other_storages_too_over_a_pause(project, model_folder, kind
     assert all_equal(work.weights("streamed"), work.weights("resident"))
 
 
+def test_experts_in_4_bits_are_trained_streamed_of_itself_and_refused_resident(project, model_folder):
+    from charkha.errors import UsageError
+
+    base = model_folder("mixtral", **KINDS["mixtral"])
+    work = project(base, model={"quantization": "nf4"}, adapter=ON_ATTENTION, training={"max_steps": 1})
+    result, seen = work.train("data.eval=null")
+    assert result.status == "done"
+    chosen = [event["text"] for event in seen if "model.placement" in event.get("text", "")]
+    assert chosen == ["chose model.placement: streamed (experts are packed in nf4 only where they are streamed)"]
+    for other in ("model.placement=resident", "adapter.target_modules=all-linear"):
+        with pytest.raises(UsageError, match="would stay whole") as caught:
+            work.train(other, output="other")
+        assert "model.placement streamed, which packs experts" in (caught.value.remedy or "")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "quantization", "adapter"),

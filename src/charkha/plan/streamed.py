@@ -97,6 +97,16 @@ def why_not_streamed(
     return None
 
 
+def why_not_resident(config: Mapping[str, Any], quantization: str) -> str | None:
+    """Why a base cannot be held whole on the device; None where nothing is known against it.
+
+    bitsandbytes packs no 3-D weight, in which transformers holds the experts of a layer.
+    """
+    if quantization == "none" or config.get("quantization_config") or not any(config.get(key) for key in _EXPERT_KEYS):
+        return None
+    return f"experts are packed in {quantization} only where they are streamed"
+
+
 def cold_layers(architecture: Architecture, settings: MemorySettings) -> int:
     """Layers that take turns in the slots."""
     return max(0, architecture.layers - settings.streamed_resident_layers)

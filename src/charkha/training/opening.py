@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
 from charkha.backends.torch.base_config import read_base_config
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
@@ -20,6 +20,7 @@ from charkha.errors import CharkhaError
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.placement import is_streamed_anyhow
 from charkha.plan.rows import Rows
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
@@ -108,7 +109,8 @@ def open_session(
     if refusal is not None and config.model.placement == "streamed":
         raise refusal
     model = replace(model, cannot_stream=None if refusal is None else refusal.message)
-    require_fit(skeleton, base, adapter)
+    streams = is_streamed_anyhow(config, model.cannot_stream, model.cannot_stay if architecture else None)
+    require_fit(skeleton, replace(base, streaming=Streaming() if streams else None), adapter)
     max_length = chooser.max_length(architecture.max_positions if architecture else about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
     data = prepare_data(

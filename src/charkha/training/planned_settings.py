@@ -24,7 +24,7 @@ from charkha.plan.packing_support import BY_MASK
 from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
-from charkha.plan.streamed import why_not_streamed
+from charkha.plan.streamed import why_not_resident, why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
 from charkha.training.placing import PLACEMENT, streamed_note, take_tables
 
@@ -45,6 +45,7 @@ class ModelChoices:
     processes: int
     model_type: str  # as config.json has it
     cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
+    cannot_stay: str | None  # why they cannot all be on the device
     is_cast: bool = False  # whether the base's files are said to have another type than `dtype`
 
 
@@ -101,6 +102,7 @@ def choose_model(
             processes=processes,
             device=machine.device,
         ),
+        cannot_stay=why_not_resident(base_config, quantization),
         is_cast=_written_dtype(base_config)
         not in (None, {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32")),
     )
@@ -126,7 +128,7 @@ def planned_settings(
     open_keys = _open_keys(config)
     start = _shared_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
-    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
+    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream, model.cannot_stay)
     picked, settings = placed.picked, placed.picked.way.settings
     if placed.reason is not None:
         chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
