@@ -75,6 +75,23 @@ def test_tables_on_the_host_train_the_same_adapter_over_a_pause(project, model_f
         assert (held[name] - weight).abs().max() < 1e-3 * weight.abs().max()
 
 
+def test_on_a_machine_with_more_memory_a_streamed_run_goes_on_resident_when_told_so(project):
+    from charkha.errors import RunOfAnotherConfig
+    from charkha.training.session import train
+
+    work = project(training={"max_steps": 2}, data={"eval": None})
+    work.train(STREAMED, output="run", stop_at=1)
+    work.train(STREAMED, output="other", stop_at=1)
+    with pytest.raises(RunOfAnotherConfig, match=r"model\.placement: 'streamed' in") as caught:
+        work.train("model.placement=resident")
+    assert "--accept-changes" in (caught.value.remedy or "")
+    assert train(work.config, ["output=run"], lambda event: None, accept_changes=True).status == "done"  # auto
+    accepted = json.loads((work.run_folder() / "manifest.json").read_text())["accepted"]
+    assert "model.placement: 'streamed' in the run, 'resident' now" in accepted[0]["changes"]
+    work.train(STREAMED, output="other")
+    assert all_equal(work.weights("run"), work.weights("other"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon"])
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
