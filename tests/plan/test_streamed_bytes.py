@@ -14,6 +14,7 @@ from charkha.plan.popular_models import popular_config
 from charkha.plan.speed import step_time
 from charkha.plan.streamed import (
     hot_layers_of,
+    is_possible,
     moved_bytes,
     slab_bytes,
     slab_layer_bytes,
@@ -133,3 +134,25 @@ def test_measured_speeds_win_over_assumed_ones_and_the_slower_of_disk_and_slot_d
     assert link_of(measured, from_disk).source.startswith("measured")
     assert "charkha doctor" in link_of(RTX_4090, from_disk).source
     assert link_of(replace(measured, disk_read_bytes_per_s=20 * GB), from_disk).bytes_per_second == 11 * GB
+
+
+ON_ATTENTION = ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "possible"),
+    [
+        ("meta-llama/Llama-3.1-70B", {}, True),
+        ("meta-llama/Llama-3.1-70B", {"streamed": False}, True),
+        ("meta-llama/Llama-3.1-70B", {"processes": 2, "strategy": "ddp"}, False),
+        ("meta-llama/Llama-3.1-70B", {"method": "ia3"}, False),
+        ("mistralai/Mixtral-8x7B-v0.1", {}, False),  # adapters on experts
+        ("mistralai/Mixtral-8x7B-v0.1", {"target_modules": ON_ATTENTION}, True),
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False}, False),  # bitsandbytes leaves the experts whole
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False, "experts_in_turn": True}, True),
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False, "quantization": "none"}, True),
+        ("openai/gpt-oss-20b", {"target_modules": ON_ATTENTION, "quantization": "none"}, False),
+    ],
+)
+def test_what_training_refuses_is_not_proposed(base, changes, possible):
+    assert is_possible(read_architecture(popular_config(base)), replace(STREAMED, **changes)) is possible

@@ -170,3 +170,13 @@ def test_a_machine_with_room_for_neither_is_told_so(folder: Path) -> None:
     assert least > 6 * GIB
     told = f"neither the whole base nor a streamed one fits, which needs {format_bytes(least)} at the least"
     assert any(told in text for text in record["reasons"])
+
+
+def test_two_cards_are_told_to_stream_on_one_of_them(folder: Path) -> None:
+    wish = PlanWish(folder / "charkha.yaml", (), ("RTX 4090", "RTX 4090"), method="closed_form")
+    with pytest.raises(ConfigError, match=r"placement: streamed, but 2 processes would each stream"):
+        make_plan(replace(wish, overrides=("model.placement=streamed",)))
+    proposed = [one["changes"] for one in make_plan(wish)["alternatives"] if "changes" in one]
+    streamed = [changes for changes in proposed if changes.get("model.placement") == "streamed"]
+    assert streamed
+    assert all(changes["devices.processes"] == 1 for changes in streamed)

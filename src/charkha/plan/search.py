@@ -20,6 +20,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.speed import StepTime
+from charkha.plan.streamed import is_possible
 from charkha.plan.streamed_time import streamed_step_time
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
@@ -88,7 +89,8 @@ def propose(
 
     With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
     """
-    candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine, rows)]
+    looked_at = (varied for varied in variations(settings, machine, rows) if is_possible(architecture, varied))
+    candidates = [evaluate(architecture, varied, machine) for varied in looked_at]
     fitting = [candidate for candidate in candidates if candidate.fits]
     # A streamed base costs time and host memory: it is proposed where nothing else fits, or where it was asked for.
     if not settings.streamed and any(not candidate.settings.streamed for candidate in fitting):
@@ -273,6 +275,7 @@ def _holds(architecture: Architecture, settings: MemorySettings, gpu: Gpu, count
         there = replace(
             there,
             strategy=strategy if count > 1 else "single",
+            streamed=settings.streamed and count == 1,
             processes=count,
             rows=rows,
             accumulation_steps=max(1, batch // (rows * count)),

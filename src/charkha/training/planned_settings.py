@@ -122,7 +122,13 @@ def planned_settings(
     machine: Machine,
     rows: Rows,
 ) -> PlannedSettings:
-    """What training holds for one micro batch of the longest rows, on each device of `machine`."""
+    """What training holds for one micro batch of the longest rows, on each device of `machine`.
+
+    Raises ConfigError for a base that is to be streamed and cannot be.
+    """
+    if config.model.placement == "streamed" and model.cannot_stream is not None:
+        problem = ConfigProblem(PLACEMENT, f"streamed, but {model.cannot_stream}", remedy="use auto or resident")
+        raise ConfigError("config", [problem])
     chooser.simple_defaults()
     reasons: list[str] = []
     open_keys = _open_keys(config)
