@@ -167,6 +167,6 @@ def open_table(weights: Weights, names: list[str], dtype: torch.dtype, base: str
         raise EnvironmentProblem(
             f"this base stores {names[0]} under another name, so it cannot be kept on the host",
             where=base,
-            remedy="use model.placement resident",
+            remedy="use model.host_tables none",
         )
     return HostTable(found, dtype)

@@ -206,8 +206,17 @@ def _streamed_class(base: BaseModelSpec, weights: Weights) -> Any:
             if not has_tied_table_on_host(self):
                 super().tie_weights(*args, **kwargs)
 
-    Streamed.__name__ = Streamed.__qualname__ = parent.__name__  # config.json and PEFT name the class
-    return Streamed
+    return passing_for(parent, Streamed)
+
+
+def passing_for(parent: Any, kind: Any) -> Any:
+    """The subclass `kind`, named as `parent`: config.json and PEFT name a model's class.
+
+    Its module too: transformers takes a class of any other for code of the user's own, and then renames no weight of
+    the files for it (GPT-NeoX's head).
+    """
+    kind.__name__, kind.__qualname__, kind.__module__ = parent.__name__, parent.__qualname__, parent.__module__
+    return kind
 
 
 def _stand_in_maker(base: BaseModelSpec, weights: Weights, stored: Any) -> Callable[[str, torch.nn.Linear], Any]:
