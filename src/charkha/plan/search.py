@@ -230,7 +230,10 @@ def fallbacks(settings: MemorySettings) -> tuple[dict[str, Any], ...]:
     """Changes to make one after another when memory runs out all the same; none changes what is learned."""
     no_chunks = settings.loss_kernel != "own"
     head = "chunked" if no_chunks else settings.loss_head
-    return fallback_steps(head, settings.gradient_checkpointing and not settings.selective, settings.rows)
+    # Layers of a streamed base that stay take what memory was left over.
+    first = ({"streaming.hot_layers": 0},) if settings.streamed and settings.streamed_resident_layers else ()
+    recomputes = settings.gradient_checkpointing and not settings.selective
+    return first + fallback_steps(head, recomputes, settings.rows)
 
 
 def fallback_steps(loss_head: str, recomputes: bool, rows: int) -> tuple[dict[str, Any], ...]:

@@ -33,7 +33,7 @@ from charkha.training.choices import (
     unused_adapter_keys,
 )
 from charkha.training.dataset import PreparedData, open_prepared
-from charkha.training.fallback import apply_fallbacks, fallbacks_note
+from charkha.training.fallback import apply_fallbacks, fallbacks_note, without_hot_layers
 from charkha.training.fitting import fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
@@ -142,7 +142,8 @@ def open_session(
         about = Planned(architecture, planned.settings, machine, rows)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
-    plan = apply_fallbacks(plan, run) if run.exists else plan
+    if run.exists:
+        plan, base = apply_fallbacks(plan, run), replace(base, streaming=without_hot_layers(base.streaming, run))
     for text in (
         *unused_adapter_keys(config, loaded.keys_set),
         *data.notes,
