@@ -54,6 +54,22 @@ def test_tables_are_no_parameters_and_are_counted_all_the_same(model_folder):
     assert weights_on_host(tied_to_the_device) == 0
 
 
+def test_of_a_file_only_the_table_is_mapped_wherever_it_begins(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from charkha.backends.torch.host_tables import HostTable
+    from charkha.backends.torch.tensor_files import tensors_of_file
+
+    path, table = tmp_path / "model.safetensors", torch.arange(3 * 700.0).view(700, 3)
+    save_file({"a": torch.zeros(1 << 20), "b": table, "c": torch.zeros(1 << 20)}, path)
+    stored = {tensor.name: tensor for tensor in tensors_of_file(path)}
+    held = HostTable(stored["b"], torch.float32)
+    assert torch.equal(held.tensor, table)
+    assert len(held._map) < table.nbytes + 65536
+    assert torch.equal(HostTable(stored["c"], torch.float32).tensor, torch.zeros(1 << 20)[None])
+
+
 @pytest.mark.parametrize(("dtype", "slack"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_a_head_in_blocks_gives_loss_and_gradient_of_a_whole_one(model_folder, monkeypatch, dtype, slack):
     import torch

@@ -40,6 +40,7 @@ def merged(model_folder, tmp_path) -> Any:
         ("gemma3_text", "dora"),
         pytest.param("falcon", "lora", marks=LONG),
         pytest.param("qwen2", "rslora", marks=LONG),
+        pytest.param("gpt_neox", "lora", marks=LONG),  # whose head has another name in the files
     ],
 )
 def test_the_figures_are_those_of_the_whole_models(merged, kind, method):

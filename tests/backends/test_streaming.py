@@ -93,6 +93,12 @@ def test_biases_and_tied_heads_are_loaded_as_for_a_resident_base(model_folder, r
     assert same(run_steps(folder, **settings), run_steps(folder, streaming=Streaming(), **settings))
 
 
+def test_a_head_that_transformers_renames_is_loaded_as_for_a_resident_base(model_folder):
+    folder = model_folder("gpt_neox")
+    settings = {"steps": 1}
+    assert same(run_steps(folder, **settings), run_steps(folder, streaming=Streaming(), **settings))
+
+
 @pytest.mark.parametrize("settings", [{}, pytest.param({"dtype": "bf16", "reentrant": True}, marks=LONG)])
 def test_int8_is_the_same_streamed(model_folder, settings):
     folder = model_folder("llama", num_hidden_layers=LAYERS)

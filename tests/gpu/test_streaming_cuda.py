@@ -152,3 +152,39 @@ def assert_same(left: list[Any], right: list[Any]) -> None:
 
     assert len(left) == len(right)
     assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_kernel(monkeypatch):
+    import torch
+
+    from charkha.backends.torch import transfers
+
+    register = torch.cuda.cudart().cudaHostRegister
+
+    class Twice:
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> Any:  # CUDA's name
+            assert int(register(pointer, size, flags)) == 0
+            return register(pointer, size, flags)  # registered already: an error that the runtime remembers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "cudart", Twice)
+        with pytest.raises(transfers.CannotPin):
+            transfers.PinnedMemory(1 << 20)
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+
+
+def test_passes_of_a_head_on_the_host_keep_no_memory_of_their_own(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from charkha.backends.torch.host_tables import HostTable
+    from charkha.backends.torch.tensor_files import tensors_of_file
+
+    save_file({"head": torch.randn(4096, 1024)}, tmp_path / "model.safetensors")
+    table = HostTable(tensors_of_file(tmp_path / "model.safetensors")[0], torch.float32)
+    reserved = []
+    for _ in range(6):
+        total = sum(float(block.sum()) for _first, block in table.blocks(1024, torch.device("cuda", 0)))
+        assert total == pytest.approx(float(table.tensor.double().sum()), rel=1e-3, abs=1)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]

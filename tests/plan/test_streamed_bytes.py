@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from charkha.plan.popular_models import popular_config
 from charkha.plan.speed import step_time
 from charkha.plan.streamed import (
     hot_layers_of,
+    is_possible,
     moved_bytes,
     slab_bytes,
     slab_layer_bytes,
@@ -133,3 +135,69 @@ def test_measured_speeds_win_over_assumed_ones_and_the_slower_of_disk_and_slot_d
     assert link_of(measured, from_disk).source.startswith("measured")
     assert "charkha doctor" in link_of(RTX_4090, from_disk).source
     assert link_of(replace(measured, disk_read_bytes_per_s=20 * GB), from_disk).bytes_per_second == 11 * GB
+
+
+ON_ATTENTION = ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "possible"),
+    [
+        ("meta-llama/Llama-3.1-70B", {}, True),
+        ("meta-llama/Llama-3.1-70B", {"streamed": False}, True),
+        ("meta-llama/Llama-3.1-70B", {"processes": 2, "strategy": "ddp"}, False),
+        ("meta-llama/Llama-3.1-70B", {"method": "ia3"}, False),
+        ("mistralai/Mixtral-8x7B-v0.1", {}, False),  # adapters on experts
+        ("mistralai/Mixtral-8x7B-v0.1", {"target_modules": ON_ATTENTION}, True),
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False}, False),  # bitsandbytes leaves the experts whole
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False, "experts_in_turn": True}, True),
+        ("mistralai/Mixtral-8x7B-v0.1", {"streamed": False, "quantization": "none"}, True),
+        ("openai/gpt-oss-20b", {"target_modules": ON_ATTENTION, "quantization": "none"}, False),
+    ],
+)
+def test_what_training_refuses_is_not_proposed(base, changes, possible):
+    assert is_possible(read_architecture(popular_config(base)), replace(STREAMED, **changes)) is possible
+
+
+@pytest.mark.parametrize(("gb_per_second", "tokens"), [(25, 853), (12, 2025), (7, 3570)])
+def test_the_page_on_a_70b_says_what_the_plan_does(gb_per_second, tokens):
+    assert free_from_tokens(LLAMA_70B, STREAMED, RTX_4090, gb_per_second * GB) == tokens
+    page = Path(__file__).parents[2] / "docs" / "70b-on-24gb.md"
+    assert f"{gb_per_second} GB/s" in page.read_text(encoding="utf-8")
+    assert f"| {tokens} |" in page.read_text(encoding="utf-8")
+
+
+def waited_and_brought(cold: list[bool], slots: int, copy: float, forward: float, backward: float) -> tuple[float, int]:
+    """Seconds that computing waits and layers that come in a micro step, by the engine's rule played out."""
+    order = [*((at, forward) for at in range(len(cold))), *((at, backward) for at in reversed(range(len(cold))))]
+    places = {at: place for place, at in enumerate(at for at, is_cold in enumerate(cold) if is_cold)}
+    holds: list[int | None] = [None] * slots
+    arrives, freed = dict.fromkeys(places.values(), 0.0), [0.0] * slots
+    clock, link, current, waited, brought = 0.0, 0.0, -1, 0.0, 0
+    for _micro_step in range(4):
+        waited, brought = 0.0, 0
+        for at, seconds in order:
+            place = places.get(at, current)
+            if place != current:
+                descends = current > place > 0
+                freed[current % slots] = clock
+                path = range(place - 1, -1, -1) if descends else range(place + 1, len(places))
+                for wanted in (place, *path[: slots - 1]):
+                    if holds[wanted % slots] != wanted:
+                        link = arrives[wanted] = max(link, freed[wanted % slots]) + copy
+                        holds[wanted % slots], brought = wanted, brought + 1
+                waited, clock, current = waited + max(0.0, arrives[place] - clock), max(clock, arrives[place]), place
+            clock += seconds
+    return waited, brought
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("hot", [0, 1, 4])
+@pytest.mark.parametrize("copy", [0.3, 1.1, 2.7, 9.0])
+def test_what_is_waited_for_is_what_the_engines_rule_comes_to(slots, hot, copy):
+    stay = set(hot_layers_of(13, hot))
+    cold = [number not in stay for number in range(13)]
+    waited, brought = waited_and_brought(cold, slots, copy, 1.0, 2.0)
+    planned = exposed_seconds(cold, slots, copy, 1.0) + exposed_seconds(cold[::-1], slots, copy, 2.0)
+    assert waited == pytest.approx(planned, abs=1e-9)
+    assert brought == 2 * (sum(cold) - slots)

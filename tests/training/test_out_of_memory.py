@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from charkha.cli.app import app
-from charkha.errors import DoesNotFit
+from charkha.errors import DoesNotFit, TrainingFailed
 from charkha.store.runs import RunFolder
 from charkha.training.fallback import next_fallback
 
@@ -158,3 +160,29 @@ def test_a_remembered_trace_is_the_authority_and_none_is_made(
     kept = json.loads((work.run_folder() / "plan.json").read_text())
     assert (kept["method"], kept["peak_allocated_bytes"]) == ("trace", 7 * MIB)
     assert asked[0].device == "cpu"
+
+
+def test_layers_of_a_streamed_base_that_stay_on_the_device_are_given_up_first(tmp_path: Path) -> None:
+    from charkha.backends.base import Streaming
+    from charkha.plan.memory_settings import MemorySettings
+    from charkha.plan.search import fallbacks
+    from charkha.training.fallback import fallbacks_note, without_hot_layers
+
+    settings = MemorySettings(
+        dtype="bf16", rows=2, tokens=2048, gradient_checkpointing=True, loss_head="chunked", streamed=True
+    )
+    assert fallbacks(settings) == ({"training.micro_batch_size": 1},)
+    planned = fallbacks(replace(settings, streamed_resident_layers=10))
+    run = RunFolder(tmp_path)
+    began = {"micro_batch_size": 2, "gradient_checkpointing": True, "loss_head": "chunked", "selective": False}
+    run.write_json(run.manifest_path, {"plan": began})
+    run.write_json(run.path / "plan.json", {"fallbacks": list(planned), "streaming": {"hot_layers": 10}})
+    streaming = Streaming(slots=3, hot_layers=9)
+    assert without_hot_layers(streaming, run) == streaming
+    assert next_fallback(run) == {"streaming.hot_layers": 0}
+    assert without_hot_layers(streaming, run) == Streaming(slots=3)
+    assert without_hot_layers(None, run) is None
+    assert fallbacks_note(run) == ["since memory ran out: streaming.hot_layers: 0"]
+    assert next_fallback(run) == {"training.micro_batch_size": 1}
+    with pytest.raises(TrainingFailed):
+        next_fallback(run)

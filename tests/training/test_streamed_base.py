@@ -75,6 +75,23 @@ def test_tables_on_the_host_train_the_same_adapter_over_a_pause(project, model_f
         assert (held[name] - weight).abs().max() < 1e-3 * weight.abs().max()
 
 
+def test_on_a_machine_with_more_memory_a_streamed_run_goes_on_resident_when_told_so(project):
+    from charkha.errors import RunOfAnotherConfig
+    from charkha.training.session import train
+
+    work = project(training={"max_steps": 2}, data={"eval": None})
+    work.train(STREAMED, output="run", stop_at=1)
+    work.train(STREAMED, output="other", stop_at=1)
+    with pytest.raises(RunOfAnotherConfig, match=r"model\.placement: 'streamed' in") as caught:
+        work.train("model.placement=resident")
+    assert "--accept-changes" in (caught.value.remedy or "")
+    assert train(work.config, ["output=run"], lambda event: None, accept_changes=True).status == "done"  # auto
+    accepted = json.loads((work.run_folder() / "manifest.json").read_text())["accepted"]
+    assert "model.placement: 'streamed' in the run, 'resident' now" in accepted[0]["changes"]
+    work.train(STREAMED, output="other")
+    assert all_equal(work.weights("run"), work.weights("other"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon"])
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
@@ -130,6 +147,21 @@ def test_experts_and_other_storages_too_over_a_pause(project, model_folder, kind
     _, rest = work.train(STREAMED, output="streamed")
     assert losses([*seen, *rest]) == losses(before)
     assert all_equal(work.weights("streamed"), work.weights("resident"))
+
+
+def test_experts_in_4_bits_are_trained_streamed_of_itself_and_refused_resident(project, model_folder):
+    from charkha.errors import UsageError
+
+    base = model_folder("mixtral", **KINDS["mixtral"])
+    work = project(base, model={"quantization": "nf4"}, adapter=ON_ATTENTION, training={"max_steps": 1})
+    result, seen = work.train("data.eval=null")
+    assert result.status == "done"
+    chosen = [event["text"] for event in seen if "model.placement" in event.get("text", "")]
+    assert chosen == ["chose model.placement: streamed (experts are packed in nf4 only where they are streamed)"]
+    for other in ("model.placement=resident", "adapter.target_modules=all-linear"):
+        with pytest.raises(UsageError, match="would stay whole") as caught:
+            work.train(other, output="other")
+        assert "model.placement streamed, which packs experts" in (caught.value.remedy or "")
 
 
 @pytest.mark.long

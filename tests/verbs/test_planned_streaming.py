@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from charkha.cli.app import app
 from charkha.errors import ConfigError
+from charkha.hardware.catalog import find_gpu
+from charkha.hardware.machine import Machine
 from charkha.units import format_bytes
 from charkha.verbs.planning import PlanWish, make_plan
 
@@ -170,3 +173,37 @@ def test_a_machine_with_room_for_neither_is_told_so(folder: Path) -> None:
     assert least > 6 * GIB
     told = f"neither the whole base nor a streamed one fits, which needs {format_bytes(least)} at the least"
     assert any(told in text for text in record["reasons"])
+
+
+def test_two_cards_are_told_to_stream_on_one_of_them(folder: Path) -> None:
+    wish = PlanWish(folder / "charkha.yaml", (), ("RTX 4090", "RTX 4090"), method="closed_form")
+    with pytest.raises(ConfigError, match=r"placement: streamed, but 2 processes would each stream"):
+        make_plan(replace(wish, overrides=("model.placement=streamed",)))
+    proposed = [one["changes"] for one in make_plan(wish)["alternatives"] if "changes" in one]
+    streamed = [changes for changes in proposed if changes.get("model.placement") == "streamed"]
+    assert streamed
+    assert all(changes["devices.processes"] == 1 for changes in streamed)
+
+
+def test_what_a_config_says_of_tables_and_cannot_be_had_is_told(folder: Path) -> None:
+    tied = plan(folder, "model.base=Qwen/Qwen2.5-3B", "model.placement=streamed", "model.host_tables=embedding")
+    assert any("stays on the device: model.host_tables both moves it" in text for text in tied["reasons"])
+    whole = plan(folder, "model.placement=streamed", "model.host_tables=both", "training.loss_head=full")
+    assert any("loss_head: chunked all the same" in text for text in whole["reasons"])
+    apart = plan(folder, "model.placement=streamed", "model.host_tables=embedding", "training.loss_head=full")
+    assert any("; the embedding is on the host" in text for text in apart["reasons"])
+    assert not any("all the same" in text for text in apart["reasons"])
+
+
+def test_of_a_base_that_no_plan_knows_a_trained_table_cannot_be_on_the_host_either(folder: Path) -> None:
+    from charkha.config_file import load_config
+    from charkha.training.choices import Chooser
+    from charkha.training.placing import unplanned_streaming
+    from charkha.training.planned_settings import device_facts
+
+    machine = Machine("RTX 4090", (find_gpu("RTX 4090"),), None)
+    asked = ["model.placement=streamed", "model.host_tables=both"]
+    for trained, refused in (([], False), (["adapter.modules_to_save=[lm_head]"], True)):
+        config = load_config(folder / "charkha.yaml", [*asked, *trained]).config
+        with pytest.raises(ConfigError, match="lm_head is trained") if refused else nullcontext():
+            assert unplanned_streaming(config, Chooser(config, device_facts(machine))) is not None

@@ -42,14 +42,17 @@ def place(
     machine: Machine,
     rows: Rows,
     cannot_stream: str | None,
+    cannot_stay: str | None = None,
 ) -> Placed:
     """The best way with the placement that is asked for or found. `settings` hold what is not free, resident.
 
-    `cannot_stream` is why this base cannot be streamed; asked for all the same, that is refused elsewhere.
+    `cannot_stream` is why this base cannot be streamed, `cannot_stay` why it cannot be resident; what is asked for all
+    the same is refused elsewhere.
     """
     batch, asked = config.training.batch_size, config.model.placement
-    if asked == "streamed" and not settings.is_full:
-        return Placed(_streamed(config, architecture, settings, free, machine, rows), None)
+    if is_streamed_anyhow(config, cannot_stream, cannot_stay) and not settings.is_full:
+        reason = cannot_stay if asked == "auto" else None
+        return Placed(_streamed(config, architecture, settings, free, machine, rows), reason)
     resident = pick(architecture, settings, free, machine, rows, batch)
     if asked != "auto":
         return Placed(resident, None)
@@ -65,6 +68,14 @@ def place(
         return Placed(resident, f"neither the whole base nor a streamed one fits, which needs {least} at the least")
     limit = format_bytes(resident.way.candidate.limit_bytes or 0)
     return Placed(streamed, f"resident it needs {format_bytes(resident.way.needs)} at the least, of {limit}")
+
+
+def is_streamed_anyhow(config: Config, cannot_stream: str | None, cannot_stay: str | None) -> bool:
+    """Whether the base is streamed whatever the memory: asked for, or the only way there is."""
+    if config.model.placement != "auto":
+        return config.model.placement == "streamed"
+    runs_layers_twice = config.training.gradient_checkpointing not in ("none", False)
+    return cannot_stay is not None and cannot_stream is None and runs_layers_twice
 
 
 def _streamed(

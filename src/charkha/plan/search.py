@@ -20,6 +20,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.speed import StepTime
+from charkha.plan.streamed import is_possible
 from charkha.plan.streamed_time import streamed_step_time
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
@@ -88,7 +89,8 @@ def propose(
 
     With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
     """
-    candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine, rows)]
+    looked_at = (varied for varied in variations(settings, machine, rows) if is_possible(architecture, varied))
+    candidates = [evaluate(architecture, varied, machine) for varied in looked_at]
     fitting = _without(_is_streamed, [candidate for candidate in candidates if candidate.fits], settings)
     if not fitting:
         return ()
@@ -266,7 +268,9 @@ def fallbacks(settings: MemorySettings, *, host_has_room: bool = False) -> tuple
     head = "chunked" if no_chunks else settings.loss_head
     offload = host_has_room and trains_offloaded(settings) and not _is_offloaded(settings)
     recomputes = settings.gradient_checkpointing and not settings.selective
-    return fallback_steps(head, recomputes, settings.rows, offload=offload)
+    # Layers of a streamed base that stay take what memory was left over.
+    first = ({"streaming.hot_layers": 0},) if settings.streamed and settings.streamed_resident_layers else ()
+    return first + fallback_steps(head, recomputes, settings.rows, offload=offload)
 
 
 def fallback_steps(loss_head: str, recomputes: bool, rows: int, *, offload: bool = False) -> tuple[dict[str, Any], ...]:
@@ -319,6 +323,7 @@ def _holds(architecture: Architecture, settings: MemorySettings, gpu: Gpu, count
         there = replace(
             there,
             strategy=strategy if count > 1 else "single",
+            streamed=settings.streamed and count == 1,
             processes=count,
             rows=rows,
             accumulation_steps=max(1, batch // (rows * count)),

@@ -23,6 +23,7 @@ STREAMED_METHODS = ("lora", "rslora", "dora")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 _BESIDE_EXPERTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _TRANSPOSED = frozenset({"gpt2"})  # transformers' Conv1D
+_OTHER_EXPERTS = frozenset({"gpt_oss"})  # with biases, gate and up interleaved
 _EXPERT_SLOTS_BYTES = 1 << 30  # of all buffers of experts together
 _USUAL_RAM_GIB = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -88,6 +89,8 @@ def why_not_streamed(
     if any(config.get(key) for key in _EXPERT_KEYS):
         names = [targets] if isinstance(targets, str) else targets
         others = [name for name in names if name not in _BESIDE_EXPERTS]
+        if config.get("model_type") in _OTHER_EXPERTS:
+            return "experts of this architecture have biases, and such are not streamed"
         if quantization == "int8" or config.get("quantization_config"):
             return "experts in int8, or of a base stored in 4 or 8 bits, are not streamed"
         if others:
@@ -95,6 +98,32 @@ def why_not_streamed(
     if config.get("model_type") in _TRANSPOSED:
         return "this architecture's layers are no plain linear layers, so they are not streamed"
     return None
+
+
+def why_not_resident(config: Mapping[str, Any], quantization: str) -> str | None:
+    """Why a base cannot be held whole on the device; None where nothing is known against it.
+
+    bitsandbytes packs no 3-D weight, in which transformers holds the experts of a layer.
+    """
+    if quantization == "none" or config.get("quantization_config") or not any(config.get(key) for key in _EXPERT_KEYS):
+        return None
+    return f"experts are packed in {quantization} only where they are streamed"
+
+
+def is_possible(architecture: Architecture, settings: MemorySettings) -> bool:
+    """Whether nothing is known against holding the base as these settings do, whatever memory there is."""
+    shape = {"model_type": architecture.model_type, "num_experts": architecture.experts and architecture.experts.count}
+    if not settings.streamed:
+        return settings.experts_in_turn or why_not_resident(shape, settings.quantization) is None
+    why = why_not_streamed(
+        shape,
+        settings.method,
+        settings.quantization,
+        settings.target_modules,
+        processes=settings.processes,
+        device=settings.device,
+    )
+    return why is None
 
 
 def cold_layers(architecture: Architecture, settings: MemorySettings) -> int:

@@ -22,8 +22,8 @@ _ACCEPTABLE = frozenset(
         "training.epochs", "training.max_steps", "training.learning_rate", "training.lr_scheduler_type",
         "training.warmup_ratio", "training.weight_decay", "training.max_grad_norm", "training.micro_batch_size",
         "training.gradient_checkpointing", "training.loss_head", "training.fused_kernels", "training.eval_every",
-        "training.early_stopping", "model.attention", "model.dtype", "adapter.lora_dropout", "devices.strategy",
-        "devices.processes",
+        "training.early_stopping", "model.attention", "model.dtype", "model.placement", "model.host_tables",
+        "adapter.lora_dropout", "devices.strategy", "devices.processes",
     }
 )  # fmt: skip
 

@@ -10,18 +10,20 @@ import json
 import time
 from typing import Any, TypeVar
 
-from charkha.backends.base import StepPlan
+from charkha.backends.base import StepPlan, Streaming
 from charkha.errors import TrainingFailed
 from charkha.plan.search import fallback_steps
 from charkha.store.runs import RunFolder
 
 Step = TypeVar("Step", StepPlan, "_Step")
 _FILE = "fallback.json"
+_HOT = "streaming.hot_layers"  # no key of the config: the plan says how many layers stay on the device
 _FIELDS = {
     "training.loss_head": "loss_head",
     "training.gradient_checkpointing": "gradient_checkpointing",
     "devices.offload": "offload_activations",
     "training.micro_batch_size": "micro_batch_size",
+    _HOT: "hot_layers",
 }
 
 
@@ -39,6 +41,14 @@ def apply_fallbacks(plan: StepPlan, run: RunFolder) -> StepPlan:
     return _changed(plan, applied_fallbacks(run))
 
 
+def without_hot_layers(streaming: Streaming | None, run: RunFolder) -> Streaming | None:
+    """The same with no more layers on the device than what was given up leaves there; None for a resident base."""
+    left = applied_fallbacks(run).get(_HOT)
+    if streaming is None or left is None:
+        return streaming
+    return dataclasses.replace(streaming, hot_layers=min(int(left), streaming.hot_layers))
+
+
 def fallbacks_note(run: RunFolder) -> list[str]:
     """One line of what was given up, where anything was."""
     changes = ", ".join(f"{key}: {value}" for key, value in applied_fallbacks(run).items())
@@ -52,6 +62,8 @@ def next_fallback(run: RunFolder) -> dict[str, Any]:
     """
     began = _read(run, "manifest.json")["plan"]
     names = [field.name for field in dataclasses.fields(_Step)]
+    streaming = _read(run, "plan.json").get("streaming") or {}
+    began["hot_layers"] = streaming.get("hot_layers", 0)
     now = _changed(_Step(**{name: began[name] for name in names if name in began}), applied_fallbacks(run))
     for change in _planned(run, now):
         if _changed(now, change) != now:
@@ -67,13 +79,14 @@ def next_fallback(run: RunFolder) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What of a step plan the fallbacks touch."""
+    """What of a step plan, and of a streamed base, the fallbacks touch."""
 
     micro_batch_size: int = 1
     gradient_checkpointing: bool = False
     loss_head: str = "full"
     selective: bool = False
     offload_activations: bool = False
+    hot_layers: int = 0
 
 
 def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
@@ -86,8 +99,9 @@ def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
 
 
 def _changed(step: Step, changes: dict[str, Any]) -> Step:
-    """A step or a step plan with the changes; a micro batch is never made larger."""
-    values: dict[str, Any] = {_FIELDS[key]: value for key, value in changes.items() if key in _FIELDS}
+    """With those of the changes that it has; a micro batch is never made larger."""
+    known = {field.name for field in dataclasses.fields(step)}
+    values: dict[str, Any] = {_FIELDS[key]: value for key, value in changes.items() if _FIELDS.get(key) in known}
     if "micro_batch_size" in values:
         values["micro_batch_size"] = max(1, min(int(values["micro_batch_size"]), step.micro_batch_size))
     if "gradient_checkpointing" in values:

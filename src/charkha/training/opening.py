@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
 from charkha.backends.torch.base_config import read_base_config
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
@@ -20,6 +20,7 @@ from charkha.errors import CharkhaError
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.memory_settings import MemorySettings
+from charkha.plan.placement import is_streamed_anyhow
 from charkha.plan.rows import Rows
 from charkha.store.runs import RunFolder
 from charkha.training.base_model import find_base
@@ -32,7 +33,7 @@ from charkha.training.choices import (
     unused_adapter_keys,
 )
 from charkha.training.dataset import PreparedData, open_prepared
-from charkha.training.fallback import apply_fallbacks, fallbacks_note
+from charkha.training.fallback import apply_fallbacks, fallbacks_note, without_hot_layers
 from charkha.training.fitting import fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
@@ -108,7 +109,8 @@ def open_session(
     if refusal is not None and config.model.placement == "streamed":
         raise refusal
     model = replace(model, cannot_stream=None if refusal is None else refusal.message)
-    require_fit(skeleton, base, adapter)
+    streams = is_streamed_anyhow(config, model.cannot_stream, model.cannot_stay if architecture else None)
+    require_fit(skeleton, replace(base, streaming=Streaming() if streams else None), adapter)
     max_length = chooser.max_length(architecture.max_positions if architecture else about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
     data = prepare_data(
@@ -140,7 +142,8 @@ def open_session(
         about = Planned(architecture, planned.settings, machine, rows)
     eval_steps = chooser.eval_steps(steps_of_an_epoch(config, rows.count or 0), data.eval is not None)
     plan = step_plan(config, step, rows=rows.count or 0, eval_steps=eval_steps, packing=packing)
-    plan = apply_fallbacks(plan, run) if run.exists else plan
+    if run.exists:
+        plan, base = apply_fallbacks(plan, run), replace(base, streaming=without_hot_layers(base.streaming, run))
     for text in (
         *unused_adapter_keys(config, loaded.keys_set),
         *data.notes,

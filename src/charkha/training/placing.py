@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from charkha.backends.base import Streaming
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
@@ -41,12 +43,16 @@ def streaming_of(architecture: Architecture, settings: MemorySettings, machine: 
 
 
 def unplanned_streaming(config: Config, chooser: Chooser) -> Streaming | None:
-    """For a base that the planner does not know: resident, unless streaming is asked for; then no layer stays."""
+    """For a base that the planner does not know: resident, unless streaming is asked for; then no layer stays.
+
+    Raises ConfigError for tables that are trained and cannot be on the host.
+    """
     asked = config.model.placement
     if asked == "auto":
         chooser.take(PLACEMENT, "resident", "what this base needs is not known")
     if config.model.host_tables == "auto":
         chooser.take(HOST_TABLES, "none", "what this base needs is not known")
+    _require_untrained_tables(config, config.adapter.modules_to_save)
     return written_streaming(config)
 
 
@@ -60,13 +66,18 @@ def written_streaming(config: Config) -> Streaming | None:
 
 def take_tables(config: Config, chooser: Chooser, architecture: Architecture, settings: MemorySettings) -> None:
     """Records where embedding and head are, if that is `auto`. Raises ConfigError for tables that cannot be there."""
-    asked, trained = config.model.host_tables, config.adapter.modules_to_save
-    outside = (*trained, *targets_outside_layers(architecture, settings))
-    if asked in ("embedding", "both") and outside:
-        problem = f"{asked}, but {outside[0]} is trained, which must be on the device"
-        raise ConfigError("config", [ConfigProblem(HOST_TABLES, problem, remedy="use none")])
-    if asked == "auto":
+    trained = config.adapter.modules_to_save
+    _require_untrained_tables(config, (*trained, *targets_outside_layers(architecture, settings)))
+    if config.model.host_tables == "auto":
         chooser.take(HOST_TABLES, settings.host_tables, _why_tables(settings))
+
+
+def _require_untrained_tables(config: Config, trained: Sequence[str]) -> None:
+    """`trained` is what is trained outside the layers. Raises ConfigError where it would be on the host."""
+    asked = config.model.host_tables
+    if asked in ("embedding", "both") and trained:
+        problem = f"{asked}, but {trained[0]} is trained, which must be on the device"
+        raise ConfigError("config", [ConfigProblem(HOST_TABLES, problem, remedy="use none")])
 
 
 def _why_tables(settings: MemorySettings) -> str:
@@ -95,5 +106,11 @@ def streamed_note(architecture: Architecture, settings: MemorySettings) -> str:
     waiting = format_bytes(cold_layers(architecture, settings) * hot_layer_bytes(architecture, settings))
     return (
         f"streamed base: {stay} of {of} layers stay on the device, the others ({waiting}) wait {waits} and pass "
-        f"through {slots} slots; layers that stay and slots are {held}{_TABLES_NOTE[settings.host_tables]}"
+        f"through {slots} slots; layers that stay and slots are {held}{_tables_note(architecture, settings)}"
     )
+
+
+def _tables_note(architecture: Architecture, settings: MemorySettings) -> str:
+    if settings.host_tables == "embedding" and architecture.tied_embeddings:
+        return "; the embedding, which is the head's table too, stays on the device: model.host_tables both moves it"
+    return _TABLES_NOTE[settings.host_tables]

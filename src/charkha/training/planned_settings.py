@@ -24,7 +24,7 @@ from charkha.plan.packing_support import BY_MASK
 from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
-from charkha.plan.streamed import why_not_streamed
+from charkha.plan.streamed import why_not_resident, why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
 from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
@@ -44,6 +44,7 @@ class ModelChoices:
     processes: int
     model_type: str  # as config.json has it
     cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
+    cannot_stay: str | None  # why they cannot all be on the device
     is_cast: bool = False  # whether the base's files are said to have another type than `dtype`
 
 
@@ -100,6 +101,7 @@ def choose_model(
             processes=processes,
             device=machine.device,
         ),
+        cannot_stay=why_not_resident(base_config, quantization),
         is_cast=_written_dtype(base_config)
         not in (None, {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32")),
     )
@@ -119,14 +121,20 @@ def planned_settings(
     machine: Machine,
     rows: Rows,
 ) -> PlannedSettings:
-    """What training holds for one micro batch of the longest rows, on each device of `machine`."""
+    """What training holds for one micro batch of the longest rows, on each device of `machine`.
+
+    Raises ConfigError for a base that is to be streamed and cannot be.
+    """
+    if config.model.placement == "streamed" and model.cannot_stream is not None:
+        problem = ConfigProblem(PLACEMENT, f"streamed, but {model.cannot_stream}", remedy="use auto or resident")
+        raise ConfigError("config", [problem])
     chooser.simple_defaults()
     reasons: list[str] = []
     open_keys = _open_keys(config, chooser)
     leanest = _leanest(config, model, chooser)
     start = _shared_settings(config, model, architecture, machine, rows, leanest, reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
-    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
+    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream, model.cannot_stay)
     picked, settings = placed.picked, placed.picked.way.settings
     if placed.reason is not None:
         chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
@@ -140,6 +148,8 @@ def planned_settings(
         reasons.append(streamed_note(architecture, settings))
     if chooser.offloads_activations:
         reasons.append(offloaded_note(architecture, settings))
+    if (config.training.loss_head, settings.loss_head) == ("full", "chunked"):
+        reasons.append("training.loss_head: chunked all the same, since a head on the host comes in blocks")
     step = StepMemory(
         settings.rows,
         settings.gradient_checkpointing,

@@ -103,6 +103,6 @@ def _said(record: dict[str, Any], machine: Machine) -> list[str]:
 def _free(record: dict[str, Any]) -> str:
     tokens, rows = record["free_from_tokens"], record["free_from_rows"]
     if tokens is None:
-        return "no micro batch hides all of it"
+        return "computing waits for it whatever the micro batch"
     in_rows = "" if rows is None else f" ({rows} row{'s' if rows > 1 else ''} as long as the longest)"
-    return f"all of it from {tokens} tokens a micro batch{in_rows}"
+    return f"next to no waiting from {tokens} tokens a micro batch{in_rows}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,11 +28,20 @@ class HostTable:
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
         matrix = as_matrix(stored)
+        begin = stored.start - stored.start % mmap.ALLOCATIONGRANULARITY
         with stored.file.open("rb") as file:
-            # Private: torch wants memory that may be written to, and the base must stay as it is.
-            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            # Private: torch wants memory that may be written to, and the base must stay as it is. Of the table alone:
+            # the system promises memory for such a map, and a file may be larger than all there is.
+            self._map = mmap.mmap(
+                file.fileno(),
+                stored.end - begin,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=begin,
+            )
         kind = torch_dtype_of(stored.dtype)
-        flat = torch.frombuffer(self._map, dtype=kind, count=matrix.shape[0] * matrix.shape[1], offset=stored.start)
+        count = matrix.shape[0] * matrix.shape[1]
+        flat = torch.frombuffer(self._map, dtype=kind, count=count, offset=stored.start - begin)
         self.tensor = flat.view(matrix.shape)
         self.dtype = dtype
 
@@ -45,7 +55,7 @@ class HostTable:
 
     def blocks(self, rows: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, block [some rows, columns]) of the whole table in turn; the next is on its way meanwhile."""
-        copies = torch.cuda.Stream() if device.type == "cuda" else None
+        copies = _copy_stream(device) if device.type == "cuda" else None
         starts = range(0, self.shape[0], rows)
         ahead = self._sent(starts[0], rows, device, copies)
         for number, first in enumerate(starts):
@@ -64,6 +74,12 @@ class HostTable:
         with torch.cuda.stream(copies):
             block = part.pin_memory().to(device, non_blocking=True)
             return block, copies.record_event()
+
+
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    """One for all tables and passes: the caching allocator keeps what was freed for the stream it was made on."""
+    return torch.cuda.Stream(device)
 
 
 class _OnHost(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
@@ -151,6 +167,6 @@ def open_table(weights: Weights, names: list[str], dtype: torch.dtype, base: str
         raise EnvironmentProblem(
             f"this base stores {names[0]} under another name, so it cannot be kept on the host",
             where=base,
-            remedy="use model.placement resident",
+            remedy="use model.host_tables none",
         )
     return HostTable(found, dtype)

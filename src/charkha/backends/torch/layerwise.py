@@ -23,7 +23,7 @@ from charkha.backends.torch.freed_memory import give_freed_memory_back
 from charkha.backends.torch.model import load_base
 from charkha.backends.torch.skeleton import build_skeleton
 from charkha.backends.torch.slab_making import stored_weights
-from charkha.backends.torch.streamed_model import decoder_layers
+from charkha.backends.torch.streamed_model import decoder_layers, passing_for
 from charkha.backends.torch.tensor_files import StoredTensor, read_rows
 
 Change = Callable[[str, torch.Tensor], None]
@@ -74,9 +74,10 @@ class LayersFromFiles:
                         module.__dict__["_weights_in_files"] = held
                         for name in held:
                             del module._parameters[name]
+                        if held and not module._buffers:
+                            module._is_hf_initialized = True  # or transformers would fill what is not there
 
-        Hollow.__name__ = Hollow.__qualname__ = parent.__name__  # PEFT names the class
-        return Hollow
+        return passing_for(parent, Hollow)
 
     def bring(self, number: int) -> None:
         """Reads the layer's weights, and changes them as `running_with` says."""

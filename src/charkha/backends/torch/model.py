@@ -13,6 +13,7 @@ from charkha.backends.torch.base_config import read_base_config, torch_dtype
 from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.plain_linear import quantizable_class
 from charkha.backends.torch.quiet import quiet_libraries
+from charkha.backends.torch.slab_progress import SlabProgress
 from charkha.errors import EnvironmentProblem
 from charkha.plan.base_checks import check_base_config
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_base(spec: BaseModelSpec, kind: Any = None) -> PreTrainedModel:
+def load_base(spec: BaseModelSpec, kind: Any = None, progress: SlabProgress | None = None) -> PreTrainedModel:
     """The base model on its device, frozen as nothing yet, in the dtype and quantization of `spec`.
 
-    `kind` is another class to load the files into than the architecture's own.
+    `kind` is another class to load the files into than the architecture's own; `progress` is told of the making of a
+    streamed base.
 
     Raises EnvironmentProblem for a folder that is not a usable base, and when a base asked for in 4 or 8 bits would not
     be quantized (transformers replaces only plain `nn.Linear` and says nothing otherwise).
@@ -63,7 +65,7 @@ def load_base(spec: BaseModelSpec, kind: Any = None) -> PreTrainedModel:
         else:
             from charkha.backends.torch.streamed_model import load_streamed
 
-            model = load_streamed(spec, load)
+            model = load_streamed(spec, load, progress)
     if spec.quantization != "none":
         _require_quantized(model, spec)
     keep_4bit_weights_as_they_are(model)

@@ -71,11 +71,15 @@ def _require_quantizable(skeleton: PreTrainedModel, base: BaseModelSpec) -> None
     if not whole:
         return
     name, what = whole[0]
+    experts = base.quantization in ("nf4", "fp4") and all(kind == "3-D" for _, kind in whole)
+    streamed = (
+        "model.placement streamed, which packs experts beside adapters on attention alone, or " if experts else ""
+    )
     raise UsageError(
         f"{base.quantization} was asked for, but {len(whole)} of this model's weights would stay whole (the first: "
         f"{name}, {what})",
         where="model.quantization",
-        remedy="use quantization none with this architecture; dtype bf16 halves its memory",
+        remedy=f"use {streamed}quantization none with this architecture; dtype bf16 halves its memory",
     )
 
 

@@ -7,9 +7,11 @@ would have been quantized: its weights are then the same, bit for bit.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from charkha.backends.torch.slabs import (
     Slab,
     SlabKey,
     SlabLayer,
+    SlabReadOnly,
     locked,
     names_of,
     read_index,
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as in a safetensors header
 OnLayer = Callable[[int, int], None]
+_ROOM = "make room, or set CHARKHA_CACHE to a folder on a larger disk"
 Unit = Sequence[LinearShape]
 
 
@@ -71,12 +75,14 @@ def ensure_slab(
     device: str,
     cache: Path | None = None,
     on_layer: OnLayer = lambda done, total: None,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Slab:
     """The slab of a base, made or finished when it is not there yet.
 
     What an earlier run found damaged is made again, and so is what the file is too short for. `on_layer(done, total)`
-    is called for each layer that is written. Raises EnvironmentProblem for a folder that holds the slab of another base
-    and for a base whose files lack a weight, DoesNotFit for a disk too small.
+    is called for each layer that is written, `on_wait` while another process writes. Raises EnvironmentProblem for a
+    folder that holds the slab of another base or may not be written to, and for a base whose files lack a weight;
+    DoesNotFit for a disk too small.
     """
     weights = stored_weights(base)
     for linear in (linear for layer in layers for unit in layer.units for linear in unit):
@@ -84,20 +90,46 @@ def ensure_slab(
     made_on = device if quantization != "none" else "cpu"
     key = SlabKey(base_fingerprint(base), quantization, dtype, made_on)
     folder = (cache or own_cache() / "slabs") / key.folder_name
-    writer = _Writer(folder, weights, key)
-    with locked(folder):
-        index = _repaired(_finished(folder, key, layers), layers, writer)
-        if len(index.layers) < len(layers):
-            give_freed_memory_back()
-            durable.cut_file(folder / DATA, index.end)
-            _require_room(folder, layers[len(index.layers) :], key)
-        for number in range(len(index.layers), len(layers)):
-            written = list(_written(writer, layers[number], index.end))
-            durable.sync_file(folder / DATA)
-            index = Index(key, (*index.layers, written[0]), (*index.experts, tuple(written[1:])))
-            write_index(folder, index)
-            on_layer(number + 1, len(layers))
+    try:
+        with locked(folder, on_wait), _full_disk_told(folder):
+            index = _made(_Writer(folder, weights, key), layers, on_layer)
+    except SlabReadOnly:
+        index = _finished(folder, key, layers)
+        if len(index.layers) < len(layers) or any(unit.sha256 == DAMAGED for unit in index.units):
+            raise
     return Slab(folder / DATA, index.layers, index.experts if any(index.experts) else ())
+
+
+def _made(writer: _Writer, layers: Sequence[LayerShape], on_layer: OnLayer) -> Index:
+    """What of the slab is there, repaired, and the rest of it written."""
+    folder, key = writer.path.parent, writer.key
+    index = _repaired(_finished(folder, key, layers), layers, writer)
+    if len(index.layers) < len(layers):
+        give_freed_memory_back()
+        durable.cut_file(writer.path, index.end)
+        _require_room(folder, layers[len(index.layers) :], key)
+    for number in range(len(index.layers), len(layers)):
+        written = list(_written(writer, layers[number], index.end))
+        durable.sync_file(writer.path)
+        index = Index(key, (*index.layers, written[0]), (*index.experts, tuple(written[1:])))
+        write_index(folder, index)
+        on_layer(number + 1, len(layers))
+    return index
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """Raises DoesNotFit where the room that there was at the beginning has gone; finished layers are kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DoesNotFit(
+            "the disk is full; the layers of the streamed base that are made already are kept",
+            where=str(folder),
+            remedy=f"{_ROOM}, and run the same command again",
+        ) from error
 
 
 def stored_weights(base: Path) -> Weights:
@@ -116,9 +148,9 @@ class _Writer:
     """Writes units of one slab into its file."""
 
     def __init__(self, folder: Path, weights: Weights, key: SlabKey) -> None:
-        self._path = folder / DATA
+        self.path = folder / DATA
         self._weights = weights
-        self._key = key
+        self.key = key
         self._quantization = "none" if is_stored_quantized(weights) else key.quantization
 
     def write(self, linears: Unit, begin: int) -> SlabLayer:
@@ -128,11 +160,11 @@ class _Writer:
 
         def put(data: bytes | memoryview) -> None:
             nonlocal position
-            durable.overwrite(self._path, begin + position, data)
+            durable.overwrite(self.path, begin + position, data)
             digest.update(data)
             position += len(data)
 
-        key = self._key
+        key = self.key
         for linear in linears:
             for part, tensor in parts_of(
                 linear,
@@ -190,8 +222,8 @@ def _repaired(index: Index, layers: Sequence[LayerShape], writer: _Writer) -> In
                 continue
             logger.warning("%s was damaged; it is made anew", linears[0].name)
             index = index.with_unit(writer.write(linears, unit.offset))
-            durable.sync_file(writer._path)
-            write_index(writer._path.parent, index)
+            durable.sync_file(writer.path)
+            write_index(writer.path.parent, index)
     return index
 
 
@@ -204,5 +236,5 @@ def _require_room(folder: Path, layers: Sequence[LayerShape], key: SlabKey) -> N
         raise DoesNotFit(
             f"the streamed base needs {format_bytes(needed)} of disk, of which {format_bytes(free)} are free",
             where=str(folder),
-            remedy="make room, or set CHARKHA_CACHE to a folder on a larger disk",
+            remedy=_ROOM,
         )

@@ -2,7 +2,8 @@
 
 A slab folder holds `layers.slab` and `index.json`. A unit of it is what a decoder layer streams, or one of its experts;
 it begins at a multiple of 4096 bytes and is as long as a multiple of it, which direct reads from a disk need; a piece
-of it (packed weight, its constants) begins at a multiple of 512. index.json names every finished unit with its SHA-256.
+of it (packed weight, its constants) begins at a multiple of 512. index.json names every finished unit with its SHA-256,
+and holds one of itself: a piece read from another place would be another weight, and no unit's hash would tell.
 
 A unit is hashed when a run first reads it, beside the computing, and not at the start: of a 70B that would take
 minutes. One that does not match ends the run before anything is computed with it, and is marked in index.json; the next
@@ -16,7 +17,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -33,6 +35,7 @@ PIECE_ALIGNMENT = 512
 DATA, INDEX = "layers.slab", "index.json"
 FORMAT = 2
 DAMAGED = ""  # in the place of the hash of a unit that is to be made again
+_LOOK_S = 0.2  # between looks at a slab that another process works on
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class SlabDamaged(EnvironmentProblem):
     kind = "slab_damaged"
 
 
+class SlabReadOnly(EnvironmentProblem):
+    """A slab's folder that may not be written to: one that is whole can be used all the same."""
+
+
 @dataclass(frozen=True)
 class Index:
     """What index.json says: finished layers, each with its experts."""
@@ -142,20 +149,26 @@ class Index:
 
 
 def read_index(folder: Path) -> Index | None:
-    """What index.json says; None, with a warning, where there is none that can be read or that has another format."""
+    """What index.json says; None, with a warning, where it is damaged or has another format."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_bytes())
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']}")
+        if index.pop("sha256") != _digest(index):
+            raise ValueError("it does not match its own hash")
         layers = tuple(_unit_of(record["layer"]) for record in index["layers"])
         experts = tuple(tuple(_unit_of(unit) for unit in record["experts"]) for record in index["layers"])
         return Index(SlabKey(**index["key"]), layers, experts)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s cannot be read (%s); the slab is made anew", path, error)
         return None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -168,7 +181,7 @@ def write_index(folder: Path, index: Index) -> None:
             for layer, experts in zip(index.layers, index.experts, strict=True)
         ],
     }
-    durable.write_durably(folder / INDEX, (json.dumps(record) + "\n").encode())
+    durable.write_durably(folder / INDEX, (json.dumps(record | {"sha256": _digest(record)}) + "\n").encode())
 
 
 def _unit_of(record: dict[str, Any]) -> SlabLayer:
@@ -184,18 +197,29 @@ def require_undamaged(slab: Slab, number: int, content: memoryview) -> None:
     unit = slab.units[number]
     if hashlib.sha256(content).hexdigest() == unit.sha256:
         return
-    with locked(slab.path.parent):
-        index = read_index(slab.path.parent)
-        if index is not None:
-            write_index(slab.path.parent, index.with_unit(replace(unit, sha256=DAMAGED)))
     modules = modules_of(unit)
+    again = "run the same command again: these weights are made again from the base, and the run goes on"
+    if not _is_marked(slab.path.parent, unit):
+        again = "remove this file's folder, and run the same command again: the run goes on"
     raise SlabDamaged(
         f"the bytes of {modules[0]} and {len(modules) - 1} further weights are not those that were written there "
         f"(byte {unit.offset} and on)",
         where=str(slab.path),
-        remedy="run the same command again: these weights are made again from the base, and the run goes on from its "
-        "newest checkpoint; when it happens again, test memory and disk",
+        remedy=f"{again} from its newest checkpoint; when it happens again, test memory and disk",
     )
+
+
+def _is_marked(folder: Path, unit: SlabLayer) -> bool:
+    """Whether the unit could be marked as damaged: a folder may be read-only, or its disk full."""
+    try:
+        with locked(folder):
+            index = read_index(folder)
+            if index is not None:
+                write_index(folder, index.with_unit(replace(unit, sha256=DAMAGED)))
+    except (OSError, SlabReadOnly) as error:
+        logger.warning("%s cannot be marked as damaged: %s", folder, error)
+        return False
+    return True
 
 
 def modules_of(unit: SlabLayer) -> list[str]:
@@ -204,22 +228,36 @@ def modules_of(unit: SlabLayer) -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes or marks a slab; another waits and then finds it. Raises EnvironmentProblem."""
+def locked(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process at a time makes or marks a slab; another waits and then finds it. Raises SlabReadOnly.
+
+    `on_wait` is called again and again while another process has it.
+    """
     try:
         durable.make_folder(folder)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise EnvironmentProblem(
+        raise SlabReadOnly(
             f"the folder for streamed bases cannot be written: {error.strerror}",
             where=str(folder),
             remedy="set CHARKHA_CACHE to a folder that you may write to",
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not _is_taken(descriptor):
+            on_wait()
+            time.sleep(_LOOK_S)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def names_of(units: Sequence[SlabLayer]) -> list[list[str]]:

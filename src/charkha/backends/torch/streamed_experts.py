@@ -173,6 +173,7 @@ def stream_experts(module: Any, dtype: torch.dtype, quantization: str) -> None:
     for name in _FUSED:
         del module._parameters[name]
     module.__class__ = streamed
+    module._is_hf_initialized = not module._buffers  # or transformers would fill what is not there
 
 
 def bind_experts(module: StreamedExperts, name: str, slots: ExpertSlots, units: Sequence[int], slab_units: Any) -> None:

@@ -26,6 +26,7 @@ from charkha.backends.torch.slab_parts import (
     stored_in_8_bits,
     stored_state,
 )
+from charkha.backends.torch.slab_progress import SlabProgress
 from charkha.backends.torch.slabs import Slab
 from charkha.backends.torch.streamed_tables import bind_tables, has_tied_table_on_host, keep_tables_on_host
 from charkha.backends.torch.tensor_files import torch_dtype_of
@@ -97,14 +98,14 @@ def _require_experts_streamable(
         )
 
 
-def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
+def load_streamed(base: BaseModelSpec, load: Any, progress: SlabProgress | None = None) -> PreTrainedModel:
     """The base with its engine. `load(kind)` loads the files into a model class as for a resident base."""
     import torch
 
     from charkha.backends.torch.streaming import open_engine
 
     assert base.streaming is not None
-    weights = stored_weights(base.path)
+    weights, progress = stored_weights(base.path), progress or SlabProgress()
     kind = _streamed_class(base, weights)
     slab = ensure_slab(
         base.path,
@@ -112,6 +113,8 @@ def load_streamed(base: BaseModelSpec, load: Any) -> PreTrainedModel:
         quantization=base.quantization,
         dtype=base.dtype,
         device=base.device,
+        on_layer=progress.layer,
+        on_wait=progress.waiting,
     )
     model: PreTrainedModel = load(kind)
     settings = base.streaming
@@ -203,8 +206,17 @@ def _streamed_class(base: BaseModelSpec, weights: Weights) -> Any:
             if not has_tied_table_on_host(self):
                 super().tie_weights(*args, **kwargs)
 
-    Streamed.__name__ = Streamed.__qualname__ = parent.__name__  # config.json and PEFT name the class
-    return Streamed
+    return passing_for(parent, Streamed)
+
+
+def passing_for(parent: Any, kind: Any) -> Any:
+    """The subclass `kind`, named as `parent`: config.json and PEFT name a model's class.
+
+    Its module too: transformers takes a class of any other for code of the user's own, and then renames no weight of
+    the files for it (GPT-NeoX's head).
+    """
+    kind.__name__, kind.__qualname__, kind.__module__ = parent.__name__, parent.__qualname__, parent.__module__
+    return kind
 
 
 def _stand_in_maker(base: BaseModelSpec, weights: Weights, stored: Any) -> Callable[[str, torch.nn.Linear], Any]:

@@ -22,7 +22,15 @@ import torch
 
 from charkha.backends.torch.expert_slots import POISON, ExpertSlots, overwritten, tensor_in
 from charkha.backends.torch.slabs import Piece, Slab
-from charkha.backends.torch.transfers import DiskToDevice, DiskToMemory, RamToDevice, Slot, Traffic, Transfer
+from charkha.backends.torch.transfers import (
+    CannotPin,
+    DiskToDevice,
+    DiskToMemory,
+    RamToDevice,
+    Slot,
+    Traffic,
+    Transfer,
+)
 from charkha.errors import EnvironmentProblem
 from charkha.hardware.free_memory import free_host_bytes
 from charkha.plan.streamed import RAM_LEFT_BYTES, hot_layers_of
@@ -161,7 +169,7 @@ def open_engine(
 ) -> Engine:
     """An engine over a slab on a CPU or CUDA device; `hot_layers` of its layers stay on the device.
 
-    Raises EnvironmentProblem when nothing can be pinned.
+    Raises CannotPin where not even the buffers of the disk's layers can be pinned, SlabDamaged.
     """
     traffic = Traffic()
     hot = hot_layers_of(len(slab.layers), hot_layers)
@@ -194,7 +202,7 @@ def _transfer(slab: Slab, tier: str, device: torch.device) -> Callable[[Slab, Tr
 def _ram_or_disk(slab: Slab, traffic: Traffic) -> Transfer:
     try:
         return RamToDevice(slab, traffic)
-    except EnvironmentProblem as problem:
+    except CannotPin as problem:
         slower = "layers are read from the disk in every step, which is slower"
         logger.warning("%s; %s. To change that: %s", problem.message, slower, problem.remedy)
         return DiskToDevice(slab, traffic)

@@ -48,6 +48,7 @@ from charkha.backends.torch.model import load_base, quantized_modules
 from charkha.backends.torch.packing_proof import choose_packed_layout
 from charkha.backends.torch.peak_window import PeakWindow
 from charkha.backends.torch.ranks import ALONE, Ranks, joined
+from charkha.backends.torch.slab_progress import SlabProgress
 from charkha.backends.torch.streamed_model import engine_of
 from charkha.backends.torch.streamed_tables import weights_on_host
 from charkha.backends.torch.trl_arguments import placeholder_tokenizer, sft_arguments
@@ -94,6 +95,7 @@ def train(
             staging=store.staging,
             record=record,
             ranks=ranks,
+            progress=SlabProgress.of_run(record, steering),
         )
         model, trainer, micro_batches = built.model, built.trainer, built.micro_batches
         keeper = Keeper(trainer, plan, micro_batches, train_shard, eval_shard, pad_id, store, steering, record, ranks)
@@ -145,6 +147,7 @@ def build(
     staging: Path,
     record: Recorder,
     ranks: Ranks = ALONE,
+    progress: SlabProgress | None = None,
     choose: Callable[[MicroBatchPlan], MicroBatchPlan] = lambda whole: whole,
 ) -> Built:
     """Loads the base, attaches the adapter and makes the trainer of the run's micro batches, or of those chosen of it.
@@ -152,7 +155,7 @@ def build(
     The trainer takes as many steps as `plan` says, or as there are chosen ones.
     """
     with device_errors_told(loading=True):
-        model = load_base(_training_precision(base, adapter))
+        model = load_base(_training_precision(base, adapter), progress=progress)
         # Before the adapter draws its first numbers, and after loading, which draws some for what it takes to be new.
         set_seed(plan.seed)
         if plan.selective:

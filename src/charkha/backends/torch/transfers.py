@@ -20,6 +20,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ import torch
 from charkha.backends.torch.freed_memory import give_freed_memory_back
 from charkha.backends.torch.slabs import LAYER_ALIGNMENT, Slab, SlabLayer, require_undamaged
 from charkha.errors import EnvironmentProblem
+from charkha.units import format_bytes
 
 logger = logging.getLogger(__name__)
 _BOUNCE_BUFFERS = 2
@@ -74,6 +76,12 @@ class Transfer(Protocol):
     def release(self, slot: Slot) -> None:
         """What was computed so far is the last to read the slot's layer."""
         ...
+
+
+class CannotPin(EnvironmentProblem):
+    """Host memory that the system or the driver does not give; layers can come from the disk instead."""
+
+    kind = "cannot_pin"
 
 
 class LayerReader:
@@ -144,34 +152,61 @@ class DiskToMemory:
         if slot.filling is None:
             return
         began = time.monotonic()
-        filling, slot.filling = slot.filling, None
-        filling.result()
+        require_arrived(slot)
         self._traffic.stall_seconds += time.monotonic() - began
 
     def release(self, slot: Slot) -> None:
         """Nothing: see `start`."""
 
 
+def require_arrived(slot: Slot) -> None:
+    """Waits for the thread that fills the slot. Raises what went wrong there: the slot then holds no layer."""
+    assert slot.filling is not None
+    filling, slot.filling = slot.filling, None
+    try:
+        filling.result()
+    except BaseException:
+        slot.layer = None  # or who asks for it again would be given what lies there
+        raise
+
+
 class PinnedMemory:
-    """Host memory in one mapped range that the GPU copies from without the CPU. Raises EnvironmentProblem."""
+    """Host memory in one mapped range that the GPU copies from without the CPU. Raises CannotPin."""
 
     def __init__(self, size: int) -> None:
         size += -size % LAYER_ALIGNMENT
-        # Page-aligned, as direct reads need.
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:  # Page-aligned, as direct reads need.
+            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise _cannot_pin(size, str(error.strerror)) from error
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0))
         self._registered = code == 0
         if code:
-            raise EnvironmentProblem(
-                f"{size} bytes of host memory could not be pinned (CUDA error {code})",
-                remedy="free host RAM, raise `ulimit -l`, and on WSL2 the memory limit in .wslconfig",
-            )
+            clear_cuda_error()
+            raise _cannot_pin(size, f"CUDA error {code}")
 
     def __del__(self) -> None:
         if getattr(self, "_registered", False):
             torch.cuda.synchronize()  # no copy may still read from it
             torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+
+
+def _cannot_pin(size: int, why: str) -> CannotPin:
+    return CannotPin(
+        f"{format_bytes(size)} of host memory could not be pinned ({why})",
+        remedy="free host RAM, raise `ulimit -l`, and on WSL2 the memory limit in .wslconfig",
+    )
+
+
+def clear_cuda_error() -> None:
+    """Takes back the error that a failed runtime call leaves, which torch would raise at its next kernel.
+
+    cudaGetLastError clears it, which torch does not hand out, but asks at every launch and then raises what it found
+    (C10_CUDA_KERNEL_LAUNCH_CHECK). An error that stays, of a device that is lost, is raised by the next kernel.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 class _DeviceCopies:
@@ -275,7 +310,6 @@ class DiskToDevice(_DeviceCopies):
     def wait(self, slot: Slot) -> None:
         if slot.filling is not None:
             began = time.monotonic()
-            filling, slot.filling = slot.filling, None
-            filling.result()  # `ready` is recorded by now
+            require_arrived(slot)  # `ready` is recorded by now
             self._traffic.stall_seconds += time.monotonic() - began
         torch.cuda.current_stream().wait_event(slot.ready)
