@@ -338,3 +338,25 @@ def test_the_closed_form_of_70_billion_parameters_takes_under_a_second_and_no_fr
     assert done.returncode == 0, done.stderr[-500:]
     assert json.loads(done.stdout)["total_parameters"] == 70_553_706_496
     assert time.monotonic() - began[1] < 10  # 0.5 s alone; a shared machine may be busy
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [("eval: 50%", 50), ("eval: 60", 40), ("eval: null", 100), ("eval: held_out.jsonl", 100)],
+)
+def test_without_a_tokenizer_held_out_rows_are_not_counted_as_trained(workshop: Path, data: str, rows: int) -> None:
+    (workshop / "held_out.jsonl").write_text('{"text": "other words"}\n')
+    one_step = plan(workshop, "--gpu", "rtx 4090", "--set", "training.max_steps=1", "--set", "data.eval=null")
+    text = (workshop / "charkha.yaml").read_text()
+    (workshop / "charkha.yaml").write_text(text.replace("max_length: 2048", f"max_length: 2048, {data}"))
+    record = plan(workshop, "--gpu", "rtx 4090")
+    full_steps = one_step["seconds"] / (100 / 7)  # seven steps of a hundred rows, the last one short
+    assert record["seconds"] == pytest.approx(rows * full_steps, rel=0.05)
+
+
+def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_read_are_refused(workshop: Path) -> None:
+    once = plan(workshop, "--gpu", "rtx 4090")["seconds"]
+    thrice = plan(workshop, "--gpu", "rtx 4090", "--set", "data.train=[{path: rows.jsonl, weight: 3}]")["seconds"]
+    assert thrice == pytest.approx(3 * once, rel=0.05)
+    (workshop / "rows.jsonl").write_text('{"text": 1\n')
+    assert plan(workshop, "--gpu", "rtx 4090", code=4)["files"]

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
 from charkha.errors import DataError, EnvironmentProblem
-from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
+from charkha.hardware.machine import Machine, this_machine
+from charkha.hardware.machine_file import machine_of, machine_record
 from charkha.plan.architecture import Architecture
 from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory
@@ -29,7 +30,7 @@ from charkha.training.plan_history import corrected_by_history, scaled
 from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
 from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
 from charkha.training.planned_trace import Traced, traced_peak
-from charkha.training.sources import sources_of
+from charkha.training.sources import Source, sources_of
 from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
 
 _STEP_KEYS = tuple(
@@ -141,28 +142,28 @@ def _data(
     loaded: LoadedConfig, base: BaseShape, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
 ) -> _Data:
     """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
-    from charkha.data.formats import read_rows
-
-    files, missing = _files(loaded)
-    if missing is None and base.folder is not None and (base.folder / "tokenizer.json").exists():
+    sources, missing = _sources(loaded)
+    packed, wished = loaded.config.data.packing is True, bool(loaded.config.data.eval)
+    if missing is not None:
+        note = f"{missing}, so the number of rows is not known: no hours, energy and money"
+        return _Data(Rows(max_length, float(max_length), None, packed=packed), wished, (note,))
+    if base.folder is not None and (base.folder / "tokenizer.json").exists():
         return _tokenized(loaded, base.folder, max_length, chooser, model, machine)
-    if missing is None:
-        notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
-        mapping = dict(loaded.config.data.map)
-        count: int | None = sum(len(read_rows(path, mapping=mapping).rows) for path in files)
-    else:
-        count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
-    packed = loaded.config.data.packing is True
-    return _Data(Rows(max_length, float(max_length), count, packed=packed), bool(loaded.config.data.eval), tuple(notes))
+    from charkha.training.counted_rows import count_rows
+
+    counted = count_rows(loaded.config, sources)
+    note = f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"
+    rows = Rows(max_length, float(max_length), counted.train, packed=packed)
+    return _Data(rows, counted.held_out > 0, (note,))
 
 
-def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
-    """The training files, or why they cannot be read."""
+def _sources(loaded: LoadedConfig) -> tuple[list[Source], str | None]:
+    """The training files, and which of them cannot be read, and why; None where all are here."""
     try:
-        files = [source.path for source in sources_of(loaded.config, loaded.folder)]
+        sources = sources_of(loaded.config, loaded.folder)
     except (DataError, EnvironmentProblem) as problem:
         return [], f"{problem.where or loaded.folder}: {problem.message}"
-    return files, next((f"{path} is not here" for path in files if not path.is_file()), None)
+    return sources, next((f"{source.path} is not here" for source in sources if not source.path.is_file()), None)
 
 
 def _tokenized(
