@@ -163,11 +163,13 @@ def test_a_base_that_cannot_be_planned_for_is_a_users_error(workshop: Path, chan
     (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | change))
     record = plan(workshop, "--gpu", "rtx 4090", code=2)
     assert message in record["error"]["message"]
-    assert record["error"]["remedy"] or record["error"]["where"]
+    assert record["error"]["remedy"]
+    assert record["error"]["where"]
 
 
-def test_a_config_json_that_is_no_json_is_a_users_error(workshop: Path) -> None:
-    (workshop / "base/config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a":' * 100_000])
+def test_a_config_json_that_is_no_json_is_a_users_error(workshop: Path, text: str) -> None:
+    (workshop / "base/config.json").write_text(text)
     assert "config.json" in plan(workshop, "--gpu", "rtx 4090", code=2)["error"]["where"]
 
 
@@ -360,3 +362,63 @@ def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_rea
     assert thrice == pytest.approx(3 * once, rel=0.05)
     (workshop / "rows.jsonl").write_text('{"text": 1\n')
     assert plan(workshop, "--gpu", "rtx 4090", code=4)["files"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "key"),
+    [
+        ("adapter.target_modules=[q_prj]", "adapter.target_modules"),
+        ("adapter.target_modules='('", "adapter.target_modules"),
+        ("adapter.modules_to_save=[lm_haed]", "adapter.modules_to_save"),
+        ("adapter.layers_to_transform=[32]", "adapter.layers_to_transform"),
+        ("adapter.rank_pattern={'(': 8}", "adapter.rank_pattern"),
+        ("devices.processes=3", "devices.processes"),
+    ],
+)
+def test_what_training_would_refuse_is_not_planned_for(workshop: Path, wish: str, key: str) -> None:
+    record = plan(workshop, "--gpu", "2x rtx 4090", "--set", wish, code=2)
+    (problem,) = record["error"]["problems"]
+    assert problem["key"] == key
+    assert problem["remedy"]
+
+
+def test_ranks_and_layers_of_their_own_are_counted(workshop: Path) -> None:
+    def trained(*wishes: str) -> int:
+        found = plan(workshop, "--gpu", "h100", *(part for wish in wishes for part in ("--set", wish)))
+        return int(found["trainable_parameters"])
+
+    all_of_it = trained()
+    assert trained("adapter.layers_to_transform=[0, 5]") == all_of_it * 2 // 32
+    more = trained("adapter.rank_pattern={down_proj: 64, layers.3.self_attn.q_proj: 17}")
+    assert more - all_of_it == 32 * 48 * (14336 + 4096) + (4096 + 4096)
+
+
+def test_a_machine_file_that_cannot_be_written_is_a_users_error(workshop: Path) -> None:
+    for place in (workshop / "none" / "office.json", workshop):
+        record = plan(workshop, "--gpu", "rtx 4090", "--write-machine", str(place), code=2)
+        assert record["error"]["where"] == str(place)
+
+
+def test_a_way_to_share_out_the_work_that_training_does_not_carry_out_is_said(workshop: Path) -> None:
+    full = ("--set", "adapter.method=full", "--set", "model.quantization=none")
+    record = plan(workshop, *("--gpu", "h100") * 4, *full)
+    assert record["settings"]["strategy"] == "fsdp"
+    assert any("devices.strategy: fsdp is planned for, but" in reason for reason in record["reasons"])
+    (machines,) = plan(workshop, "--gpu", "rtx 4090", *full, code=3)["alternatives"]
+    assert "does not carry out fsdp" in machines["reason"]
+
+
+def test_idle_cards_of_a_machine_cost_nothing(workshop: Path) -> None:
+    one, of_four = (
+        plan(workshop, *("--gpu", "rtx 4090") * count, "--set", "devices.strategy=single") for count in (1, 4)
+    )
+    assert of_four["energy_kwh"] == one["energy_kwh"]
+    assert of_four["cost"] == one["cost"]
+
+
+def test_too_little_host_memory_is_not_told_as_a_card_too_small(workshop: Path) -> None:
+    (workshop / "office.json").write_text(json.dumps({"gpus": ["RTX 4090"] * 8, "ram_bytes": 8 << 30}))
+    record = plan(workshop, "--gpu", str(workshop / "office.json"), code=3)
+    assert record["settings"]["strategy"] == "ddp"
+    assert any("fits on the device, though the host has too little memory" in reason for reason in record["reasons"])
+    assert any(reason.startswith("host memory: ") for reason in record["reasons"])

@@ -75,8 +75,8 @@ class Machine:
         return replace(self, name=gpus[0].name if self.here else self.name, gpus=gpus, free_bytes=free, uuids=uuids)
 
     def used_by(self, processes: int) -> Machine:
-        """The cards that so many processes train on: the first ones. A machine that is described is used whole."""
-        return self.only(range(min(processes, len(self.gpus)))) if self.here and self.gpus else self
+        """The cards that so many processes train on: the first ones. What the others draw is not counted."""
+        return self.only(range(min(processes, len(self.gpus)))) if self.gpus else self
 
     @property
     def device(self) -> str:

@@ -224,7 +224,7 @@ def _notes(architecture: Architecture, settings: MemorySettings) -> tuple[str, .
     if settings.optimizer not in KNOWN_OPTIMIZERS:
         notes.append(f"optimizer {settings.optimizer} is counted as AdamW in 32 bits")
     if architecture.experts:
-        notes.append("tokens are counted as spread evenly over the experts, which are quantized like linear layers")
+        notes.append("tokens are counted as spread evenly over the experts")
     outside = targets_outside_layers(architecture, settings)
     if outside:
         notes.append(f"adapters on {', '.join(outside)} are counted by their weights at most")

@@ -20,7 +20,9 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.speed import StepTime
+from charkha.plan.streamed import why_not_streamed
 from charkha.plan.streamed_time import streamed_step_time
+from charkha.plan.weights import why_not_quantized
 
 _HEADROOM = 0.15  # of the card, that the safest settings leave free
 _LONGEST_LOOKED_AT = 2**20
@@ -39,6 +41,11 @@ class Candidate:
     limit_bytes: int | None  # None: not known
     fits: bool
     host_fits: bool = True  # of that, the host's memory
+
+    @property
+    def device_fits(self) -> bool:
+        """Whether the device holds it, whatever the host does."""
+        return self.limit_bytes is None or self.memory.least <= self.limit_bytes
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,13 +89,24 @@ def limit_of(architecture: Architecture, settings: MemorySettings, machine: Mach
 
 
 def propose(
-    architecture: Architecture, settings: MemorySettings, machine: Machine, rows: Rows | None = None
+    architecture: Architecture,
+    settings: MemorySettings,
+    machine: Machine,
+    rows: Rows | None = None,
+    *,
+    is_stored_quantized: bool = False,
 ) -> tuple[Proposal, ...]:
     """Fastest, safest and longest-context settings that fit; none where nothing does.
 
-    With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
+    With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest. The
+    storage of a base `is_stored_quantized` is that of its files.
     """
-    candidates = [evaluate(architecture, varied, machine) for varied in variations(settings, machine, rows)]
+    candidates = [
+        evaluate(architecture, varied, machine)
+        for varied in variations(settings, machine, rows)
+        if _can_be_trained(architecture, varied)
+        and not (is_stored_quantized and varied.quantization != settings.quantization)
+    ]
     fitting = [candidate for candidate in candidates if candidate.fits]
     # A streamed base costs time and host memory: it is proposed where nothing else fits, or where it was asked for.
     if not settings.streamed and any(not candidate.settings.streamed for candidate in fitting):
@@ -111,6 +129,23 @@ def propose(
         _proposal("safest", safest, settings, _safe_reason(safest)),
         _proposal("longest_context", longest, settings, f"rows of up to {longest.settings.tokens} tokens fit"),
     )
+
+
+def _can_be_trained(architecture: Architecture, settings: MemorySettings) -> bool:
+    """Whether training takes that placement and storage of this base: what it refuses helps nobody."""
+    if settings.streamed:
+        return (
+            why_not_streamed(
+                {"model_type": architecture.model_type, "num_experts": architecture.experts is not None},
+                settings.method,
+                settings.quantization,
+                settings.target_modules,
+                processes=settings.processes,
+                device=settings.device,
+            )
+            is None
+        )
+    return why_not_quantized(architecture, settings) is None
 
 
 def _safe_reason(candidate: Candidate) -> str:

@@ -13,11 +13,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from charkha.carried_out import CARRIED_OUT
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import DataError, EnvironmentProblem
+from charkha.errors import DataError, EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, this_machine
 from charkha.hardware.machine_file import machine_of, machine_record
+from charkha.plan.adapter_names import require_names
 from charkha.plan.architecture import Architecture
 from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory
@@ -28,7 +30,13 @@ from charkha.store.durable import write_durably
 from charkha.training.choices import Chooser, steps_of_an_epoch
 from charkha.training.plan_history import corrected_by_history, scaled
 from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
-from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
+from charkha.training.planned_settings import (
+    ModelChoices,
+    PlannedSettings,
+    choose_model,
+    device_facts,
+    planned_settings,
+)
 from charkha.training.planned_trace import Traced, traced_peak
 from charkha.training.sources import Source, sources_of
 from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
@@ -65,9 +73,10 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
         require_probe(loaded, wish.gpus)
     machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
     if wish.write_machine is not None:
-        write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
+        _write_machine(machine, wish.write_machine)
     base = find_shape(loaded)
     architecture = architecture_of(base)
+    require_names(loaded.config.adapter, architecture)
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
@@ -89,7 +98,7 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if wish.probe:
         ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, used)
     record["reasons"] += verdicts(record, found, used)
-    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, planned, fits=record["fits"])
     alternatives += _packing(loaded.config, model, architecture, used, data)
     record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
@@ -103,6 +112,17 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if not record["fits"]:
         record["exit_code"] = 3
     return record
+
+
+def _write_machine(machine: Machine, path: Path) -> None:
+    try:
+        write_durably(path, json.dumps(machine_record(machine), indent=1).encode())
+    except OSError as error:
+        raise UsageError(
+            f"the machine file cannot be written: {error.strerror or error}",
+            where=str(path),
+            remedy="name a file in a folder that exists and that you may write to",
+        ) from None
 
 
 def _probe(
@@ -187,29 +207,44 @@ def _tokenized(
 
 
 def _alternatives(
-    config: Config, architecture: Architecture, machine: Machine, rows: Rows, found: Candidate, fits: bool
+    config: Config,
+    architecture: Architecture,
+    machine: Machine,
+    rows: Rows,
+    found: Candidate,
+    planned: PlannedSettings,
+    *,
+    fits: bool,
 ) -> list[dict[str, Any]]:
+    stored = planned.is_stored_quantized
     made = [
         {
             "name": proposal.name,
             "changes": proposal.changes,
-            "reason": proposal.reason,
+            "reason": proposal.reason + _if_shards(proposal.candidate.settings.strategy),
             "fits": True,
             **_short(config, architecture, machine, rows, proposal.candidate),
         }
-        for proposal in propose(architecture, found.settings, machine, rows)
+        for proposal in propose(architecture, found.settings, machine, rows, is_stored_quantized=stored)
     ]
     if not fits:
         machines = machines_that_fit(architecture, found.settings)
+        several = "the smallest cards that would hold it; several hold shards, one row at a time"
         made.append(
             {
                 "name": "other_machines",
                 "machines": [{"count": count, "gpu": gpu} for count, gpu in machines],
                 "fits": bool(machines),
-                "reason": "the smallest cards that would hold it; several hold shards, one row at a time",
+                "reason": several + _if_shards("fsdp"),
             }
         )
     return made
+
+
+def _if_shards(strategy: str) -> str:
+    """Said of a way to share out the work that training refuses."""
+    works = strategy in CARRIED_OUT["devices.strategy"]
+    return "" if works else f"; `charkha train` of this version does not carry out {strategy}"
 
 
 def _packing(
