@@ -334,8 +334,19 @@ def _currency_named_in(budget: str) -> str:
 class CostSection(Section):
     """What electricity costs here."""
 
-    currency: str = Field("INR", description="Currency of every amount.")
-    electricity_per_kwh: float = Field(10, ge=0, description="Your marginal price of one kWh.")
+    currency: str = Field("INR", pattern="^[A-Z]{3}$", description="Currency of every amount, such as INR or USD.")
+    electricity_per_kwh: float = Field(
+        10, ge=0, description="Your marginal price of one kWh, in that currency; where it is not given in USD, 0.11."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_that_currency(cls, given: Any) -> Any:
+        """Capital letters; and the usual tariff in dollars, which ten would not be."""
+        if not isinstance(given, dict) or not isinstance(given.get("currency"), str):
+            return given
+        currency = given["currency"].strip().upper()
+        return {**({"electricity_per_kwh": 0.11} if currency == "USD" else {}), **given, "currency": currency}
 
 
 class Config(Section):

@@ -422,3 +422,17 @@ def test_too_little_host_memory_is_not_told_as_a_card_too_small(workshop: Path) 
     assert record["settings"]["strategy"] == "ddp"
     assert any("fits on the device, though the host has too little memory" in reason for reason in record["reasons"])
     assert any(reason.startswith("host memory: ") for reason in record["reasons"])
+
+
+def test_electricity_is_counted_in_the_currency_that_is_asked_for(workshop: Path) -> None:
+    def told(*wishes: str) -> dict[str, Any]:
+        return plan(workshop, "--gpu", "rtx 4090", *(part for wish in wishes for part in ("--set", wish)))
+
+    rupees, dollars = told("cost.currency=inr"), told("cost.currency=usd")
+    assert (rupees["cost"]["currency"], dollars["cost"]["currency"]) == ("INR", "USD")
+    assert dollars["cost"]["electricity_per_kwh"] == 0.11
+    assert told("cost.currency=USD", "cost.electricity_per_kwh=0.3")["cost"]["electricity_per_kwh"] == 0.3
+    assert any("tariff in rupees: give yours in EUR" in reason for reason in told("cost.currency=EUR")["reasons"])
+    priced = told("cost.currency=EUR", "cost.electricity_per_kwh=0.3")
+    assert not any("tariff" in reason for reason in priced["reasons"])
+    assert plan(workshop, "--set", "cost.currency=rupees", code=2)["error"]["problems"][0]["key"] == "cost.currency"

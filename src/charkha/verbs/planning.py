@@ -97,7 +97,7 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     ratio = corrected_by_history(record, loaded.config, architecture, planned.settings, used)
     if wish.probe:
         ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, used)
-    record["reasons"] += verdicts(record, found, used)
+    record["reasons"] += [*verdicts(record, found, used), *_tariff_note(loaded)]
     alternatives = _alternatives(loaded.config, architecture, machine, rows, found, planned, fits=record["fits"])
     alternatives += _packing(loaded.config, model, architecture, used, data)
     record["alternatives"] = scaled(alternatives, ratio)
@@ -112,6 +112,16 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if not record["fits"]:
         record["exit_code"] = 3
     return record
+
+
+def _tariff_note(loaded: LoadedConfig) -> list[str]:
+    """Said where a default that is meant in rupees was taken as other money."""
+    cost = loaded.config.cost
+    if "cost.electricity_per_kwh" in loaded.keys_set or cost.currency in ("INR", "USD"):
+        return []
+    return [
+        f"cost.electricity_per_kwh: {cost.electricity_per_kwh:g} is a tariff in rupees: give yours in {cost.currency}"
+    ]
 
 
 def _write_machine(machine: Machine, path: Path) -> None:
