@@ -195,8 +195,7 @@ class TrainingSection(Section):
     )
     gradient_checkpointing: Literal["auto", "none", "full", "selective"] | bool = Field(
         "auto",
-        description="Recompute activations: less memory, a third more arithmetic; selective keeps what attention's "
-        "kernel gives; auto is none where that fits.",
+        description="Recompute activations: less memory, more time; selective keeps attention's; auto: none if it fits.",
     )
     loss_head: Literal["auto", "full", "chunked"] = Field(
         "auto", description="full: all logits of a micro batch at once; chunked: a few; auto is the faster that fits."
@@ -235,9 +234,7 @@ class DevicesSection(Section):
     hosts: list[str] = Field(default_factory=list, description="Further hosts.")
     shard_dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="Type of sharded trainable weights.")
     offload: Offloaded | list[Offloaded] = Field(
-        "none",
-        description="What a GPU keeps in host memory until it is needed, or a list: activations are what gradient "
-        "checkpointing keeps.",
+        "none", description="What a GPU keeps in host memory: activations are what gradient checkpointing keeps."
     )
     offload_to: Literal["cpu", "nvme"] = Field("cpu", description="Where offloaded tensors go.")
 
@@ -352,8 +349,19 @@ def _currency_named_in(budget: str) -> str:
 class CostSection(Section):
     """What electricity costs here."""
 
-    currency: str = Field("INR", description="Currency of every amount.")
-    electricity_per_kwh: float = Field(10, ge=0, description="Your marginal price of one kWh.")
+    currency: str = Field("INR", pattern="^[A-Z]{3}$", description="Currency of every amount, such as INR or USD.")
+    electricity_per_kwh: float = Field(
+        10, ge=0, description="Your marginal price of one kWh, in that currency; where it is not given in USD, 0.11."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_that_currency(cls, given: Any) -> Any:
+        """Capital letters; and the usual tariff in dollars, which ten would not be."""
+        if not isinstance(given, dict) or not isinstance(given.get("currency"), str):
+            return given
+        currency = given["currency"].strip().upper()
+        return {**({"electricity_per_kwh": 0.11} if currency == "USD" else {}), **given, "currency": currency}
 
 
 class Config(Section):

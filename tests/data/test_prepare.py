@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from charkha.data.duplicates import hash_rows
+from charkha.data.eval_share import held_out_count
 from charkha.data.formats import ReadOptions, read_rows
 from charkha.data.inspect import inspect_file
 from charkha.data.prepare import prepare_files
 from charkha.data.preview import preview_rows
 from charkha.data.rows import ChatRow, PromptRow, TextRow, Turn, content_hash
-from charkha.data.splits import SplitKeys, SplitWish, held_out, held_out_count, repetitions
+from charkha.data.splits import SplitKeys, SplitWish, held_out, repetitions
 from charkha.data.templates import load_template
 from charkha.data.tokenize import EncodeSettings
 from charkha.data.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from charkha.caches import own_cache
-from charkha.hardware.machine import machine_record, read_machine, this_machine
+from charkha.hardware.machine import this_machine
+from charkha.hardware.machine_file import machine_record, read_machine
 from charkha.hardware.sensors import GpuLimits, PcieLink
 from charkha.hardware.speeds import (
     Speeds,
@@ -65,7 +66,16 @@ def test_what_was_not_measured_again_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", '{"links": [], "disks": 3}', '{"disks": {"/": "fast"}}', '{"links": {"": 1}}']
+    "text",
+    [
+        "",
+        "[1]",
+        '{"links": [], "disks": 3}',
+        '{"disks": {"/": "fast"}}',
+        '{"links": {"": 1}}',
+        '{"disks": {"/": Infinity}}',
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_file_is_no_file(memory: Path, text: str) -> None:
     remember(memory, text)
@@ -90,6 +100,28 @@ def test_a_card_in_a_narrow_slot_is_planned_with_that_slot(
     monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: SimpleNamespace(count=1, **told))
     (gpu,) = this_machine(tmp_path).gpus
     assert gpu.pcie_bytes_per_s == pytest.approx(gb_s * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", 15.99, "RTX 4060 Ti 16GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", 8.0, "RTX 4060 Ti 8GB"),
+        ("NVIDIA GeForce RTX 3080", 12.0, "RTX 3080 12GB"),
+        ("NVIDIA GeForce RTX 4090", 48.0, "RTX 4090"),  # with memory that somebody put in
+    ],
+)
+def test_of_cards_of_one_name_the_memory_tells_which(
+    name: str, gib: float, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = GpuLimits(name, None, None, None, None, None, None, None, None)
+    memory = int(gib * 2**30)
+    told = {"limits": lambda index: limits, "link": lambda index: PcieLink(), "free_bytes": lambda index: memory}
+    nvml = SimpleNamespace(count=1, memory_bytes=lambda index: memory, **told)
+    monkeypatch.setattr("charkha.hardware.machine.open_nvml", lambda: nvml)
+    machine = this_machine(tmp_path)
+    assert machine.gpus[0].name == card
+    assert machine.limit_bytes == pytest.approx(memory, rel=0.05)
 
 
 def test_a_machine_file_carries_what_was_measured_here(memory: Path, tmp_path: Path) -> None:

@@ -120,3 +120,40 @@ def test_months_to_pay_back_by_hand() -> None:
         answer.price / ((answer.rental_per_hour - answer.electricity_per_hour) * 10 * 30.4)
     )
     assert answer.loss_of_value_per_month[0] < answer.loss_of_value_per_month[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("A,india,4090,ten,INR,0.18", "per_hour of 4090 is 'ten'"),
+        ("A,india,4090,-10,INR,0.18", "'-10', not an amount above 0"),
+        ("A,india,4090,inf,INR,0.18", "'inf', not an amount"),
+        ("A,india,4090,10,INR,18", "tax of 4090 is '18', not a share"),
+        ("A,india,4090,10,INR,18%", "'18%'"),
+    ],
+)
+def test_a_number_that_can_be_no_price_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, said: str
+) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text(f"provider,kind,gpu,per_hour,currency,tax\n{row}\n")
+    monkeypatch.setenv("CHARKHA_RENTALS", str(table))
+    with pytest.raises(UsageError, match=said) as refused:
+        rentals("INR")
+    assert refused.value.where == str(table)
+    table.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        rentals("INR")
+
+
+def test_a_users_card_prices_may_be_in_one_currency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "cards.csv"
+    table.write_text("gpu,inr\nRTX 4090,180000\n")
+    monkeypatch.setenv("CHARKHA_CARD_PRICES", str(table))
+    found = card_price(find_gpu("RTX 4090"), "INR")
+    assert found is not None
+    assert found[0] == 180_000
+    assert card_price(find_gpu("RTX 4090"), "USD") is None
+    table.write_text('gpu,inr\nRTX 4090,"1,80,000"\n')
+    with pytest.raises(UsageError, match="inr of RTX 4090"):
+        card_price(find_gpu("RTX 4090"), "INR")

@@ -130,6 +130,12 @@ def test_a_record_is_shapes_and_numbers() -> None:
         line_of(run(1.1)).replace("1000.0,", "NaN,"),
         line_of(run(1.1)).replace('"here"', "7"),
         line_of(run(1.1)).replace('"steps"', '"stops"'),
+        line_of(run(1.1)).replace('"finished_unix_s": 1', '"finished_unix_s": "yesterday"'),
+        line_of(run(1.1)).replace('"longest": 2048', '"longest": 0'),
+        line_of(run(1.1)).replace('"longest": 2048', '"longest": "2048"'),
+        line_of(run(1000.0)),  # milliseconds taken for seconds
+        line_of(run(1e-300)),
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_line_is_left_out_and_counted(line: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from charkha.hardware.catalog import find_gpu
 from charkha.hardware.machine import Machine
-from charkha.plan.architecture import read_architecture
+from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
 from charkha.plan.search import evaluate, fallbacks, host_has_room, machines_that_fit, propose, variations
@@ -16,6 +16,7 @@ from charkha.training.fallback import _changed, _Step
 
 LLAMA_8B = read_architecture(popular_config("meta-llama/Llama-3.1-8B"))
 LLAMA_70B = read_architecture(popular_config("meta-llama/Llama-3.1-70B"))
+MIXTRAL = read_architecture(popular_config("mistralai/Mixtral-8x7B-v0.1"))
 QLORA = MemorySettings(
     dtype="bf16", quantization="nf4", rows=1, tokens=2048, accumulation_steps=16, gradient_checkpointing=True
 )
@@ -146,3 +147,28 @@ def test_machines_are_named_smallest_first_and_one_large_card_before_several_sma
     for count in {count for count, _ in machines}:
         sizes = [find_gpu(name).memory_bytes for there, name in machines if there == count]
         assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "architecture"),
+    [
+        (dataclasses.replace(QLORA, method="ia3"), LLAMA_70B),
+        (dataclasses.replace(QLORA, method="prompt_tuning", num_virtual_tokens=20), LLAMA_70B),
+        (QLORA, LLAMA_70B),
+        (dataclasses.replace(QLORA, quantization="none"), MIXTRAL),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_is_proposed_that_training_refuses(
+    settings: MemorySettings, architecture: Architecture, count: int
+) -> None:
+    for proposal in propose(architecture, settings, machine("RTX 4090", count)):
+        found = proposal.candidate.settings
+        assert not (found.streamed and (found.processes > 1 or found.method in ("ia3", "prompt_tuning")))
+        assert architecture is not MIXTRAL or found.quantization == "none" or found.streamed
+
+
+def test_a_base_stored_in_4_bits_is_proposed_in_no_other_storage() -> None:
+    proposals = propose(LLAMA_8B, QLORA, machine("H100"), is_stored_quantized=True)
+    assert {one.candidate.settings.quantization for one in proposals} == {"nf4"}
+    assert propose(LLAMA_8B, QLORA, machine("H100"))[0].candidate.settings.quantization == "none"

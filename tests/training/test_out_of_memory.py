@@ -100,7 +100,7 @@ def test_a_run_that_cannot_fit_is_not_begun_and_is_told_what_would(
 def test_it_is_begun_all_the_same_when_told_so_or_when_it_has_begun_before(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = project(training={"max_steps": 2, "micro_batch_size": "auto"})
+    work = project(training={"max_steps": 2, "micro_batch_size": "auto", "eval_every": "auto"}, data={"eval": None})
     leave_free(monkeypatch, 768 * MIB + 500_000)
     result = CliRunner().invoke(app, ["train", str(work.config), "--ignore-plan"])
     assert result.exit_code == 0, result.output

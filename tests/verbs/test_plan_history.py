@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from charkha.cli.app import app
-from charkha.training.remembering import working_seconds
+from charkha.config_file import load_config
+from charkha.store.runs import RunFolder
+from charkha.training.opening import open_session
+from charkha.training.remembering import remember_run, working_seconds
 
 
 @pytest.fixture
@@ -65,6 +69,21 @@ def test_a_run_whose_history_cannot_be_written_is_finished_all_the_same(
     trained, events = project(data={"eval": None}).train()
     assert trained.status == "done"
     assert any("next plan will not know of this run" in event.get("text", "") for event in events)
+
+
+def test_a_run_that_gave_up_something_for_memory_is_remembered_as_it_ran(
+    project: Callable[..., Any], history: Path
+) -> None:
+    made = project(training={"micro_batch_size": 8, "gradient_checkpointing": "none", "loss_head": "full"})
+    session = open_session(load_config(made.config, []), RunFolder(made.run_folder()), lambda event: None)
+    steps = [{"event": "step", "seconds": 1.0}] * 5
+    changed = replace(session.plan, micro_batch_size=2, gradient_checkpointing=True, loss_head="chunked")
+    for plan_ in (session.plan, changed):
+        assert remember_run(replace(session, plan=plan_), steps, None) is None
+    before, after = (json.loads(line) for line in history.read_text().splitlines())
+    assert (before["shape"]["checkpointing"], after["shape"]["checkpointing"]) == (False, True)
+    assert before["shape"]["positions"] == 4 * after["shape"]["positions"]
+    assert after["planned_seconds"] > 1.2 * before["planned_seconds"]
 
 
 def test_a_step_that_stood_still_counts_as_a_usual_one() -> None:

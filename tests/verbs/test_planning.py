@@ -163,11 +163,13 @@ def test_a_base_that_cannot_be_planned_for_is_a_users_error(workshop: Path, chan
     (workshop / "base/config.json").write_text(json.dumps(LLAMA_8B | change))
     record = plan(workshop, "--gpu", "rtx 4090", code=2)
     assert message in record["error"]["message"]
-    assert record["error"]["remedy"] or record["error"]["where"]
+    assert record["error"]["remedy"]
+    assert record["error"]["where"]
 
 
-def test_a_config_json_that_is_no_json_is_a_users_error(workshop: Path) -> None:
-    (workshop / "base/config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a":' * 100_000])
+def test_a_config_json_that_is_no_json_is_a_users_error(workshop: Path, text: str) -> None:
+    (workshop / "base/config.json").write_text(text)
     assert "config.json" in plan(workshop, "--gpu", "rtx 4090", code=2)["error"]["where"]
 
 
@@ -365,3 +367,99 @@ def test_the_closed_form_of_70_billion_parameters_takes_under_a_second_and_no_fr
     assert done.returncode == 0, done.stderr[-500:]
     assert json.loads(done.stdout)["total_parameters"] == 70_553_706_496
     assert time.monotonic() - began[1] < 10  # 0.5 s alone; a shared machine may be busy
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [("eval: 50%", 50), ("eval: 60", 40), ("eval: null", 100), ("eval: held_out.jsonl", 100)],
+)
+def test_without_a_tokenizer_held_out_rows_are_not_counted_as_trained(workshop: Path, data: str, rows: int) -> None:
+    (workshop / "held_out.jsonl").write_text('{"text": "other words"}\n')
+    one_step = plan(workshop, "--gpu", "rtx 4090", "--set", "training.max_steps=1", "--set", "data.eval=null")
+    text = (workshop / "charkha.yaml").read_text()
+    (workshop / "charkha.yaml").write_text(text.replace("max_length: 2048", f"max_length: 2048, {data}"))
+    record = plan(workshop, "--gpu", "rtx 4090")
+    full_steps = one_step["seconds"] / (100 / 7)  # seven steps of a hundred rows, the last one short
+    assert record["seconds"] == pytest.approx(rows * full_steps, rel=0.05)
+
+
+def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_read_are_refused(workshop: Path) -> None:
+    once = plan(workshop, "--gpu", "rtx 4090")["seconds"]
+    thrice = plan(workshop, "--gpu", "rtx 4090", "--set", "data.train=[{path: rows.jsonl, weight: 3}]")["seconds"]
+    assert thrice == pytest.approx(3 * once, rel=0.05)
+    (workshop / "rows.jsonl").write_text('{"text": 1\n')
+    assert plan(workshop, "--gpu", "rtx 4090", code=4)["files"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "key"),
+    [
+        ("adapter.target_modules=[q_prj]", "adapter.target_modules"),
+        ("adapter.target_modules='('", "adapter.target_modules"),
+        ("adapter.modules_to_save=[lm_haed]", "adapter.modules_to_save"),
+        ("adapter.layers_to_transform=[32]", "adapter.layers_to_transform"),
+        ("adapter.rank_pattern={'(': 8}", "adapter.rank_pattern"),
+        ("devices.processes=3", "devices.processes"),
+    ],
+)
+def test_what_training_would_refuse_is_not_planned_for(workshop: Path, wish: str, key: str) -> None:
+    record = plan(workshop, "--gpu", "2x rtx 4090", "--set", wish, code=2)
+    (problem,) = record["error"]["problems"]
+    assert problem["key"] == key
+    assert problem["remedy"]
+
+
+def test_ranks_and_layers_of_their_own_are_counted(workshop: Path) -> None:
+    def trained(*wishes: str) -> int:
+        found = plan(workshop, "--gpu", "h100", *(part for wish in wishes for part in ("--set", wish)))
+        return int(found["trainable_parameters"])
+
+    all_of_it = trained()
+    assert trained("adapter.layers_to_transform=[0, 5]") == all_of_it * 2 // 32
+    more = trained("adapter.rank_pattern={down_proj: 64, layers.3.self_attn.q_proj: 17}")
+    assert more - all_of_it == 32 * 48 * (14336 + 4096) + (4096 + 4096)
+
+
+def test_a_machine_file_that_cannot_be_written_is_a_users_error(workshop: Path) -> None:
+    for place in (workshop / "none" / "office.json", workshop):
+        record = plan(workshop, "--gpu", "rtx 4090", "--write-machine", str(place), code=2)
+        assert record["error"]["where"] == str(place)
+
+
+def test_a_way_to_share_out_the_work_that_training_does_not_carry_out_is_said(workshop: Path) -> None:
+    full = ("--set", "adapter.method=full", "--set", "model.quantization=none")
+    record = plan(workshop, *("--gpu", "h100") * 4, *full)
+    assert record["settings"]["strategy"] == "fsdp"
+    assert any("devices.strategy: fsdp is planned for, but" in reason for reason in record["reasons"])
+    (machines,) = plan(workshop, "--gpu", "rtx 4090", *full, code=3)["alternatives"]
+    assert "does not carry out fsdp" in machines["reason"]
+
+
+def test_idle_cards_of_a_machine_cost_nothing(workshop: Path) -> None:
+    one, of_four = (
+        plan(workshop, *("--gpu", "rtx 4090") * count, "--set", "devices.strategy=single") for count in (1, 4)
+    )
+    assert of_four["energy_kwh"] == one["energy_kwh"]
+    assert of_four["cost"] == one["cost"]
+
+
+def test_too_little_host_memory_is_not_told_as_a_card_too_small(workshop: Path) -> None:
+    (workshop / "office.json").write_text(json.dumps({"gpus": ["RTX 4090"] * 8, "ram_bytes": 8 << 30}))
+    record = plan(workshop, "--gpu", str(workshop / "office.json"), code=3)
+    assert record["settings"]["strategy"] == "ddp"
+    assert any("fits on the device, though the host has too little memory" in reason for reason in record["reasons"])
+    assert any(reason.startswith("host memory: ") for reason in record["reasons"])
+
+
+def test_electricity_is_counted_in_the_currency_that_is_asked_for(workshop: Path) -> None:
+    def told(*wishes: str) -> dict[str, Any]:
+        return plan(workshop, "--gpu", "rtx 4090", *(part for wish in wishes for part in ("--set", wish)))
+
+    rupees, dollars = told("cost.currency=inr"), told("cost.currency=usd")
+    assert (rupees["cost"]["currency"], dollars["cost"]["currency"]) == ("INR", "USD")
+    assert dollars["cost"]["electricity_per_kwh"] == 0.11
+    assert told("cost.currency=USD", "cost.electricity_per_kwh=0.3")["cost"]["electricity_per_kwh"] == 0.3
+    assert any("tariff in rupees: give yours in EUR" in reason for reason in told("cost.currency=EUR")["reasons"])
+    priced = told("cost.currency=EUR", "cost.electricity_per_kwh=0.3")
+    assert not any("tariff" in reason for reason in priced["reasons"])
+    assert plan(workshop, "--set", "cost.currency=rupees", code=2)["error"]["problems"][0]["key"] == "cost.currency"

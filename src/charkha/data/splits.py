@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from charkha.data.duplicates import hash_rows
+from charkha.data.eval_share import held_out_count
 from charkha.data.formats import RowBlock
 from charkha.data.minhash import mixed
-from charkha.errors import DataError, Problem, UsageError
+from charkha.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -190,33 +191,6 @@ def _latest(times: NDArray[np.float64], contents: NDArray[np.int64], wanted: int
     early = np.zeros(int(contents.max()) + 1, dtype=np.bool_)
     early[contents[~chosen]] = True
     return np.asarray(chosen & ~early[contents], dtype=np.bool_)
-
-
-def held_out_count(eval_: str | int | float, rows: int) -> int:
-    """The number of held-out rows that a share or count means, at least 1 unless it is 0. Raises UsageError."""
-    share, count = _share_or_count(eval_)
-    if share is not None:
-        return 0 if share == 0 else max(1, round(share * rows))
-    return count
-
-
-def _share_or_count(eval_: str | int | float) -> tuple[float | None, int]:
-    try:
-        if isinstance(eval_, str) and eval_.strip().endswith("%"):
-            share = float(eval_.strip()[:-1]) / 100
-        elif isinstance(eval_, int) or (isinstance(eval_, str) and eval_.strip().isdigit()):
-            if int(eval_) < 0:
-                raise ValueError
-            return None, int(eval_)
-        else:
-            share = float(eval_)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 1:
-        raise UsageError(
-            f"data.eval: {eval_!r} is no share or count of rows", remedy="write for example 5%, 0.05 or 200"
-        )
-    return share, 0
 
 
 def repeats(hashes: NDArray[np.uint64], weight: float, seed: int) -> NDArray[np.int64]:

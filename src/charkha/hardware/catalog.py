@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from charkha.errors import UsageError
 TABLE = Path(__file__).with_name("gpus.csv")
 AS_OF = "2026-11"
 _GIB = 2**30
+KINDS = ("desktop", "workstation", "datacenter", "laptop", "amd", "apple")
 _MAKERS = re.compile(
     r"nvidia|geforce|quadro(?!rtx)|tesla|amd|instinct|radeon|apple|corporation|gpu|graphics|generation|(server|workstation)edition"
 )
@@ -44,7 +46,7 @@ class Gpu:
     capability: tuple[int, int] | None  # CUDA compute capability
     link_bytes_per_s: float  # to a neighbour card, one direction
     pcie_bytes_per_s: float  # to the host's memory, one direction
-    kind: str  # desktop | workstation | datacenter | laptop | amd | apple
+    kind: str  # one of KINDS
     aliases: tuple[str, ...] = ()
 
     @property
@@ -71,7 +73,7 @@ def find_gpu(name: str) -> Gpu:
             return by_key[_key(wanted)]
     for wanted in (plain, f"rtx {plain}"):  # a name with its memory, which must then be right
         found = by_key.get(_key(wanted))
-        if found and memory and _is_about(found.memory_bytes, int(memory[1]) * _GIB):
+        if found and memory and is_about(found.memory_bytes, int(memory[1]) * _GIB):
             return found
     raise UnknownGpu(
         f"{name!r} is not a GPU in the table",
@@ -104,7 +106,8 @@ def _key(name: str) -> str:
     return _MAKERS.sub("", plain) or plain
 
 
-def _is_about(memory_bytes: int, nominal_bytes: int) -> bool:
+def is_about(memory_bytes: int, nominal_bytes: int) -> bool:
+    """Whether a card of so much usable memory can be one that is sold, or reported, as having `nominal_bytes`."""
     return 0.9 < memory_bytes / nominal_bytes <= 1.02
 
 
@@ -114,6 +117,10 @@ def _read(path: Path) -> tuple[Gpu, ...]:
     except OSError as error:
         raise UsageError(
             f"the table of GPUs cannot be read: {error.strerror}", where=str(path), remedy="correct CHARKHA_GPUS"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the table of GPUs is not UTF-8 at byte {error.start}", where=str(path), remedy="correct CHARKHA_GPUS"
         ) from None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return tuple(_gpus(csv.DictReader(lines), path))
@@ -132,17 +139,36 @@ def _gpus(rows: Iterable[dict[str, str]], path: Path) -> Iterable[Gpu]:
 
 
 def _gpu(row: dict[str, str]) -> Gpu:
-    capability = tuple(int(part) for part in row["capability"].split(".")) if row["capability"] != "0" else None
-    share = APPLE_SHARE if row["kind"] == "apple" else 1.0
+    kind = row["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, none of {', '.join(KINDS)}")
+    share = APPLE_SHARE if kind == "apple" else 1.0
     return Gpu(
         name=row["name"],
-        memory_bytes=int(float(row["memory_gib"]) * share * _GIB),
-        bandwidth_bytes_per_s=float(row["gb_s"]) * 1e9,
-        flops=float(row["tflops"]) * 1e12,
-        power_w=float(row["power_w"]),
-        capability=(capability[0], capability[1]) if capability else None,
-        link_bytes_per_s=float(row["link_gb_s"]) * 1e9,
-        pcie_bytes_per_s=float(row["pcie_gb_s"]) * 1e9,
-        kind=row["kind"],
+        memory_bytes=int(_above_zero(row, "memory_gib") * share * _GIB),
+        bandwidth_bytes_per_s=_above_zero(row, "gb_s") * 1e9,
+        flops=_above_zero(row, "tflops") * 1e12,
+        power_w=_above_zero(row, "power_w"),
+        capability=_capability(row["capability"]),
+        link_bytes_per_s=_above_zero(row, "link_gb_s") * 1e9,
+        pcie_bytes_per_s=_above_zero(row, "pcie_gb_s") * 1e9,
+        kind=kind,
         aliases=tuple(alias.strip() for alias in (row["aliases"] or "").split(";") if alias.strip()),
     )
+
+
+def _above_zero(row: dict[str, str], column: str) -> float:
+    value = float(row[column])
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{column} is {row[column]!r}, not a number above 0")
+    return value
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    """`8.9` as two numbers; `0` is a card without CUDA."""
+    if text == "0":
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d+)", text or "")
+    if found is None:
+        raise ValueError(f"capability is {text!r}, not of the form 8.9")
+    return int(found[1]), int(found[2])

@@ -1,18 +1,15 @@
-"""A machine to plan for: its cards, its memory and its disk; this one, a named one, or one described in a file."""
+"""A machine to plan for: its cards, its memory and its disk; and this computer as one."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from charkha.caches import own_cache
-from charkha.errors import UsageError
-from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu
+from charkha.hardware.catalog import APPLE_SHARE, Gpu, UnknownGpu, find_gpu, is_about
 from charkha.hardware.free_memory import free_host_bytes
 from charkha.hardware.probe import cpu_has_bf16, probe_host
 from charkha.hardware.sensors import Nvml, open_nvml
@@ -52,8 +49,13 @@ class Machine:
 
     @property
     def gpu(self) -> Gpu | None:
-        """The card that decides: the one with the least memory."""
-        return min(self.gpus, key=lambda gpu: gpu.memory_bytes) if self.gpus else None
+        """The card that decides. Of unlike ones, which wait for one another in every step, the least of each figure."""
+        if not self.gpus:
+            return None
+        oldest = min(self.gpus, key=lambda gpu: (gpu.capability or (0, 0), gpu.memory_bytes))
+        figures = ("memory_bytes", "flops", "bandwidth_bytes_per_s", "power_w", "link_bytes_per_s", "pcie_bytes_per_s")
+        least = {name: min(getattr(gpu, name) for gpu in self.gpus) for name in figures}
+        return replace(oldest, **least)
 
     @property
     def limit_bytes(self) -> int | None:
@@ -73,8 +75,8 @@ class Machine:
         return replace(self, name=gpus[0].name if self.here else self.name, gpus=gpus, free_bytes=free, uuids=uuids)
 
     def used_by(self, processes: int) -> Machine:
-        """The cards that so many processes train on: the first ones. A machine that is described is used whole."""
-        return self.only(range(min(processes, len(self.gpus)))) if self.here and self.gpus else self
+        """The cards that so many processes train on: the first ones. What the others draw is not counted."""
+        return self.only(range(min(processes, len(self.gpus)))) if self.gpus else self
 
     @property
     def device(self) -> str:
@@ -139,11 +141,13 @@ def _free_here(nvml: Nvml, index: int) -> int:
 
 
 def _gpu_here(nvml: Nvml, index: int) -> Gpu:
-    """The card as the table knows it, with the power limit and memory that it itself reports."""
+    """The card as the table knows it, with the power limit, the slot, and where names say too little the memory that
+    it itself reports.
+    """
     limits = nvml.limits(index)
     memory = nvml.memory_bytes(index)
     try:
-        gpu = find_gpu(limits.name or "")
+        gpu = _of_that_memory(find_gpu(limits.name or ""), limits.name or "", memory)
     except UnknownGpu:
         # Nothing is known of its speed, so time is a guess of a card of that memory; memory is what the card says.
         gpu = replace(find_gpu("RTX 3060 12GB"), name=limits.name or "GPU", memory_bytes=memory or UNKNOWN_BYTES)
@@ -152,87 +156,19 @@ def _gpu_here(nvml: Nvml, index: int) -> Gpu:
     return replace(gpu, power_w=limits.power_default_w or gpu.power_w, pcie_bytes_per_s=pcie)
 
 
+def _of_that_memory(gpu: Gpu, name: str, memory: int | None) -> Gpu:
+    """`gpu`, or its namesake with the memory that the driver reports: an RTX 4060 Ti has 8 or 16 GB by one name."""
+    if memory is None or is_about(gpu.memory_bytes, memory):
+        return gpu
+    try:
+        return find_gpu(f"{name} {round(memory / 2**30)}GB")
+    except UnknownGpu:
+        return replace(gpu, memory_bytes=memory)
+
+
 def _apple_here(processor: str, ram_bytes: int) -> tuple[Gpu, ...]:
     try:
         gpu = find_gpu(processor)
     except UnknownGpu:
         return ()
     return (replace(gpu, memory_bytes=int(ram_bytes * APPLE_SHARE)),)
-
-
-def machine_of(names: Sequence[str]) -> Machine:
-    """The machine that `--gpu` describes: one card for each time it is given, or one machine file.
-
-    Raises UnknownGpu for a name in no table and UsageError for a file that is not of the form.
-    """
-    paths = [Path(name).expanduser() for name in names if name.endswith(".json")]
-    if paths and len(names) > 1:
-        raise UsageError(
-            "a machine file describes a whole machine; it cannot stand beside other cards",
-            where="--gpu",
-            remedy="give the file alone, or the names of the cards",
-        )
-    if paths:
-        return read_machine(paths[0])
-    gpus = tuple(find_gpu(name) for name in names)
-    counted = {gpu.name: sum(other.name == gpu.name for other in gpus) for gpu in gpus}
-    return Machine(
-        " + ".join(f"{count} x {name}" if count > 1 else name for name, count in counted.items()), gpus, None
-    )
-
-
-def read_machine(path: Path) -> Machine:
-    """The machine in a JSON file: `{"gpus": ["RTX 4090", {"name": ..., "memory_bytes": ...}], "ram_bytes": ...}`."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the machine file cannot be read: {error}", where=str(path), remedy=_FORM) from None
-    if not isinstance(record, dict) or not isinstance(record.get("gpus"), list):
-        raise UsageError("the machine file has no list `gpus`", where=str(path), remedy=_FORM)
-    gpus = tuple(_gpu_of(entry, path) for entry in record["gpus"])
-    return Machine(
-        name=str(record.get("name") or path.stem),
-        gpus=gpus,
-        ram_bytes=_count(record, "ram_bytes", path),
-        disk_free_bytes=_count(record, "disk_free_bytes", path),
-        host_to_device_bytes_per_s=_count(record, "host_to_device_bytes_per_s", path),
-        disk_read_bytes_per_s=_count(record, "disk_read_bytes_per_s", path),
-    )
-
-
-_FORM = 'write {"gpus": ["RTX 4090"], "ram_bytes": 68719476736}; `charkha plan --write-machine FILE` makes one'
-
-
-def machine_record(machine: Machine) -> dict[str, Any]:
-    """What `read_machine` reads back."""
-    return {
-        "name": machine.name,
-        "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in machine.gpus],
-        "ram_bytes": machine.ram_bytes,
-        "disk_free_bytes": machine.disk_free_bytes,
-        "host_to_device_bytes_per_s": _whole(machine.host_to_device_bytes_per_s),
-        "disk_read_bytes_per_s": _whole(machine.disk_read_bytes_per_s),
-    }
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)
-
-
-def _gpu_of(entry: Any, path: Path) -> Gpu:
-    if isinstance(entry, str):
-        return find_gpu(entry)
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UsageError(f"{entry!r} is not a card", where=str(path), remedy=_FORM)
-    memory = _count(entry, "memory_bytes", path)
-    gpu = find_gpu(entry["name"])
-    return replace(gpu, memory_bytes=memory) if memory else gpu
-
-
-def _count(record: dict[str, Any], key: str, path: Path) -> int | None:
-    value = record.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise UsageError(f"{key} is {value!r}, not a positive whole number", where=str(path), remedy=_FORM)
-    return value

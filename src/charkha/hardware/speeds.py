@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import time
@@ -40,7 +41,7 @@ def remembered_speeds(cards: Sequence[str], folder: Path) -> Speeds:
     path = speeds_file()
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return Speeds()
     links, disks = (_mapping(_mapping(record).get(name)) for name in ("links", "disks"))
     link = _mapping(links.get(_link_key(cards)))
@@ -73,7 +74,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _rate(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < math.inf else None
 
 
 def mount_point(folder: Path) -> Path:

@@ -7,8 +7,10 @@ shown. Prices are rentals.csv and card_prices.csv beside this file, dated and ed
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -104,12 +106,13 @@ def rentals(currency: str) -> tuple[Rental, ...]:
     """Every offer, tax included, in `currency` (INR or USD; other currencies stay as they are offered)."""
     offers = []
     for row in _table("CHARKHA_RENTALS", "rentals.csv", ("provider", "gpu", "per_hour", "currency", "tax")):
-        with_tax = float(row["per_hour"]) * (1 + float(row["tax"]))
+        tax = _number(row, "tax", "CHARKHA_RENTALS", "a share from 0 to 1, such as 0.18", lambda share: 0 <= share < 1)
+        with_tax = _price(row, "per_hour", "CHARKHA_RENTALS") * (1 + tax)
         price = _converted(with_tax, row["currency"], currency)
         shown = currency if price is not None else row["currency"]
         price = with_tax if price is None else price
         origin = _origin(row, "CHARKHA_RENTALS", ("yes",))
-        offers.append(Rental(row["provider"], row["kind"], row["gpu"], price, shown, origin))
+        offers.append(Rental(row["provider"], row.get("kind") or "", row["gpu"], price, shown, origin))
     return tuple(offers)
 
 
@@ -180,10 +183,32 @@ def buy_or_rent(
 
 def card_price(gpu: Gpu, currency: str) -> tuple[float, Origin] | None:
     """What one new card costs, and where that is from: in India with GST for INR, the list price for USD."""
-    for row in _table("CHARKHA_CARD_PRICES", "card_prices.csv", ("gpu", "inr", "usd")):
-        if _same_card(row["gpu"], gpu) and currency in ("INR", "USD"):
-            return float(row[currency.lower()]), _origin(row, "CHARKHA_CARD_PRICES", (currency.lower(), "both", "yes"))
+    column = currency.lower()
+    for row in _table("CHARKHA_CARD_PRICES", "card_prices.csv", ("gpu",)):
+        if _same_card(row["gpu"], gpu) and currency in ("INR", "USD") and row.get(column):
+            price = _price(row, column, "CHARKHA_CARD_PRICES")
+            return price, _origin(row, "CHARKHA_CARD_PRICES", (column, "both", "yes"))
     return None
+
+
+def _price(row: dict[str, str], column: str, variable: str) -> float:
+    return _number(row, column, variable, "an amount above 0, such as 2500", lambda price: price > 0)
+
+
+def _number(row: dict[str, str], column: str, variable: str, form: str, is_possible: Callable[[float], bool]) -> float:
+    """The number in that cell. Raises UsageError naming the row where it is none, or none that is possible."""
+    text = row[column].strip()
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and is_possible(value):
+        return value
+    raise UsageError(
+        f"{column} of {row['gpu']} is {text!r}, not {form}",
+        where=os.environ.get(variable),
+        remedy=f"correct the table that {variable} names",
+    )
 
 
 def _origin(row: dict[str, str], variable: str, checked: tuple[str, ...]) -> Origin:
@@ -217,6 +242,10 @@ def _table(variable: str, name: str, columns: tuple[str, ...]) -> list[dict[str,
     except OSError as error:
         raise UsageError(
             f"the table of prices cannot be read: {error.strerror}", where=str(path), remedy=f"correct {variable}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the table of prices is not UTF-8 at byte {error.start}", where=str(path), remedy=f"correct {variable}"
         ) from None
     rows = list(csv.DictReader(line for line in lines if line.strip() and not line.startswith("#")))
     if any(column not in row or not row[column] for row in rows for column in columns):

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from charkha.hardware.catalog import TABLE
 from charkha.hardware.machine import Machine
 from charkha.hardware.probe import cpu_threads, machine_identity
 from charkha.plan.architecture import Architecture
@@ -36,6 +37,7 @@ _PRIOR_RUNS_RATIO, _PRIOR_RUNS_SPREAD = 0.25, 3.0
 _ONE_IN_TEN = 1.2816  # standard deviations above the mean that a tenth of a normal distribution lies beyond
 _FARTHEST, _NEAREST_COUNT = math.log(8), 9
 _WORTH_SAYING = 1.02  # of the planned memory
+_FARTHEST_OFF = 100.0  # times the planned time, or that part of it, that a finished run is believed
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def shape_of(
 
 def planner_fingerprint() -> str:
     """A hash of the source that plans time: what another version planned says nothing about this one's error."""
-    names = ("speed.py", "streamed.py", "streamed_time.py", "measured_time.py", "schedule.py")
-    return _hash(b"".join(Path(__file__).with_name(name).read_bytes() for name in names))
+    names = ("speed.py", "pace.py", "rows.py", "streamed.py", "streamed_time.py", "measured_time.py", "schedule.py")
+    sources = [Path(__file__).with_name(name) for name in names]
+    return _hash(b"".join(path.read_bytes() for path in (*sources, TABLE)))  # of figures of cards, which it rests on
 
 
 def _hash(data: bytes) -> str:
@@ -124,7 +127,7 @@ def line_of(run: FinishedRun) -> str:
 
 
 def runs_of(lines: Iterable[str]) -> tuple[list[FinishedRun], int]:
-    """(runs, how many lines are damaged or of another version)."""
+    """(runs, how many lines are damaged, of another version, or cannot be true)."""
     runs, damaged = [], 0
     for line in lines:
         run = _run_of(line)
@@ -141,13 +144,19 @@ def _run_of(line: str) -> FinishedRun | None:
         if record.pop("version") != 1:
             return None
         run = FinishedRun(**record | {"shape": RunShape(**record["shape"])})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    numbers: list[Any] = [run.planned_seconds, run.measured_seconds, run.shape.parameters, run.shape.positions]
-    good = all(_is_positive(number) for number in numbers)
+    shape = run.shape
+    numbers = (run.planned_seconds, run.measured_seconds, shape.parameters, shape.positions, shape.longest, run.steps)
+    good = all(_is_positive(number) for number in (*numbers, run.finished_unix_s))
     sizes = all(size is None or _is_positive(size) for size in (run.planned_bytes, run.measured_bytes))
-    words = all(isinstance(getattr(run.shape, one.name), str) for one in fields(RunShape) if one.type == "str")
-    return run if good and sizes and words else None
+    words = all(isinstance(getattr(shape, one.name), str) for one in fields(RunShape) if one.type == "str")
+    return run if good and sizes and words and _is_plausible(run) else None
+
+
+def _is_plausible(run: FinishedRun) -> bool:
+    """Whether it can be what a computer did: a clock that was set, or another unit, may not spoil the next plan."""
+    return 1 / _FARTHEST_OFF <= run.measured_seconds / run.planned_seconds <= _FARTHEST_OFF
 
 
 def _is_positive(value: Any) -> bool:

@@ -12,7 +12,7 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.layers import Linear
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.tape import Tape, Tensor
-from charkha.plan.weights import adapter_targets
+from charkha.plan.weights import adapter_targets, largest_rank
 
 _BLOCK = 64  # weights that share one constant in 4 bits
 
@@ -154,13 +154,14 @@ class LinearTape:
         """B(A(read))."""
         settings, tape = self.settings, self.tape
         narrow = tape.cast(read, self.product_width) if settings.autocast else read
-        first = self.weight(settings.r * layer.inputs, counted=False)
+        rank = largest_rank(self.architecture, settings, layer)
+        first = self.weight(rank * layer.inputs, counted=False)
         saves: tuple[Tensor, ...] = (narrow, first)
         if settings.fused_lora and layer.reads == "attention_in":  # one function of query, key and value keeps it too
             saves = (*saves, entering)
-        middle = tape.operator((narrow, first), self._positions * settings.r, narrow.width, saves=saves)
+        middle = tape.operator((narrow, first), self._positions * rank, narrow.width, saves=saves)
         tape.alive_until_here(read)
-        second = self.weight(settings.r * layer.outputs, counted=False)
+        second = self.weight(rank * layer.outputs, counted=False)
         return tape.operator((middle, second), self._positions * layer.outputs, middle.width, saves=(middle, second))
 
     def _scaled(self, product: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class MemorySettings:
     r: int = 16
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    rank_pattern: tuple[tuple[str, int], ...] = ()  # other ranks of some layers, by name or end of name
+    layers_to_transform: tuple[int, ...] | None = None  # decoder layers with LoRA; None: all
     gradient_checkpointing: bool = False
     accumulation_steps: int = 1  # micro batches per optimizer step
     loss_head: Literal["full", "chunked"] = "full"

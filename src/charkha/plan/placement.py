@@ -58,6 +58,8 @@ def place(
         return Placed(resident, None)
     if resident.way.fit in FITTING:
         return Placed(resident, "the whole base fits on the device")
+    if resident.way.candidate.device_fits:  # streaming takes more of the host, not less
+        return Placed(resident, "the whole base fits on the device, though the host has too little memory")
     if not settings.gradient_checkpointing:
         cannot_stream = cannot_stream or "a streamed base runs each layer twice, which the config rules out"
     if cannot_stream is not None:

@@ -42,6 +42,11 @@ class Candidate:
     host_fits: bool = True  # of that, the host's memory
 
     @property
+    def device_fits(self) -> bool:
+        """Whether the device holds it, whatever the host does."""
+        return self.limit_bytes is None or self.memory.least <= self.limit_bytes
+
+    @property
     def tokens_per_second(self) -> float:
         """Of all cards together, padding counted, the optimizer's step shared out over its micro batches."""
         settings = self.settings
@@ -83,13 +88,24 @@ def limit_of(architecture: Architecture, settings: MemorySettings, machine: Mach
 
 
 def propose(
-    architecture: Architecture, settings: MemorySettings, machine: Machine, rows: Rows | None = None
+    architecture: Architecture,
+    settings: MemorySettings,
+    machine: Machine,
+    rows: Rows | None = None,
+    *,
+    is_stored_quantized: bool = False,
 ) -> tuple[Proposal, ...]:
     """Fastest, safest and longest-context settings that fit; none where nothing does.
 
-    With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest.
+    With `rows` what is fastest is so over them as they are, not over rows that are all as long as the longest. The
+    storage of a base `is_stored_quantized` is that of its files.
     """
-    looked_at = (varied for varied in variations(settings, machine, rows) if is_possible(architecture, varied))
+    looked_at = (
+        varied
+        for varied in variations(settings, machine, rows)
+        if is_possible(architecture, varied)
+        and not (is_stored_quantized and varied.quantization != settings.quantization)
+    )
     candidates = [evaluate(architecture, varied, machine) for varied in looked_at]
     fitting = _without(_is_streamed, [candidate for candidate in candidates if candidate.fits], settings)
     if not fitting:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from charkha.plan.architecture import Architecture
 from charkha.plan.layers import Linear
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 
-_HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
+HEADS = ("lm_head", "embed_out")
+LAYERS_LOOKED_AT = 4096  # one by one, for names that say which; no model has as many
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings")
 
 
 def nf4_bytes(weights: int, *, double_quantization: bool = True) -> int:
@@ -46,6 +48,13 @@ def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) 
         return sum(weights for weights, _ in matrices), FULL_BYTES * sum(outputs for _, outputs in matrices)
     constants = sum(_nf4_constants(weights, settings.double_quantization) for weights, _ in matrices)
     return sum((weights + 1) // 2 for weights, _ in matrices), constants
+
+
+def why_not_quantized(architecture: Architecture, settings: MemorySettings) -> str | None:
+    """Why training refuses a resident base of that storage; None where it does not."""
+    if settings.quantization == "none" or architecture.experts is None or settings.experts_in_turn:
+        return None
+    return "this model's experts are 3-D parameters, which would stay whole"
 
 
 def base_weight_bytes(architecture: Architecture, settings: MemorySettings) -> int:
@@ -120,23 +129,56 @@ def adapter_parameters(architecture: Architecture, settings: MemorySettings) -> 
     if settings.method == "ia3":
         scales = (linear.inputs if linear.reads == "mlp_inner" else linear.outputs for linear in targets)
         return architecture.layers * sum(scales)
-    in_layers = architecture.layers * sum(settings.r * (linear.inputs + linear.outputs) for linear in targets)
+    ranks = ((linear, _ranks_of_all_layers(architecture, settings, linear)) for linear in targets)
+    in_layers = sum(rank * (linear.inputs + linear.outputs) for linear, rank in ranks)
     if settings.method == "dora":
-        in_layers += architecture.layers * sum(linear.outputs for linear in targets)
+        in_layers += _adapted_layers(architecture, settings) * sum(linear.outputs for linear in targets)
     if adapts_experts(architecture, settings) and architecture.experts:
         experts = architecture.experts  # gate and up are one matrix of twice the rank
         one = (
             2 * (experts.hidden_size + 2 * experts.intermediate_size) + experts.intermediate_size + experts.hidden_size
         )
         in_layers += architecture.layers * experts.count * settings.r * one
-    on_head = any(target in _HEADS for target in targets_outside_layers(architecture, settings))
+    on_head = any(target in HEADS for target in targets_outside_layers(architecture, settings))
     return in_layers + (settings.r * (architecture.hidden_size + architecture.vocab_size) if on_head else 0)
+
+
+def _adapted_layers(architecture: Architecture, settings: MemorySettings) -> int:
+    chosen = settings.layers_to_transform
+    return architecture.layers if chosen is None else len(chosen)
+
+
+def _ranks_of_all_layers(architecture: Architecture, settings: MemorySettings, linear: Linear) -> int:
+    """The ranks of that linear layer in every decoder layer with LoRA, added up."""
+    adapted = _adapted_layers(architecture, settings)
+    if not settings.rank_pattern:
+        return settings.r * adapted
+    numbers = settings.layers_to_transform or range(min(adapted, LAYERS_LOOKED_AT))
+    path = architecture.layers_path
+    ranks = [_rank(f"{path}.{number}.{linear.name}", settings.r, settings.rank_pattern) for number in numbers]
+    return sum(ranks) + settings.r * (adapted - len(ranks))
+
+
+@cache
+def _rank(name: str, r: int, rank_pattern: tuple[tuple[str, int], ...]) -> int:
+    """PEFT's rule: the first pattern that the end of the name matches."""
+    return next((rank for pattern, rank in rank_pattern if re.match(rf"(.*\.)?({pattern})$", name)), r)
+
+
+def largest_rank(architecture: Architecture, settings: MemorySettings, linear: Linear) -> int:
+    """Of that linear layer in any decoder layer: what a closed form of equal layers counts in all of them."""
+    if not settings.rank_pattern:
+        return settings.r
+    numbers = settings.layers_to_transform or range(min(architecture.layers, LAYERS_LOOKED_AT))
+    path = architecture.layers_path
+    ranks = (_rank(f"{path}.{number}.{linear.name}", settings.r, settings.rank_pattern) for number in numbers)
+    return max(ranks, default=settings.r)  # of what a step takes beside its layers there is none
 
 
 def saved_module_parameters(architecture: Architecture, settings: MemorySettings) -> int:
     """Parameters of `modules_to_save`: copies of embedding or head that are trained whole beside the adapter."""
     matrix = architecture.vocab_size * architecture.hidden_size
-    return sum(matrix for name in settings.modules_to_save if name.rpartition(".")[2] in (*_HEADS, *_EMBEDDINGS))
+    return sum(matrix for name in settings.modules_to_save if name.rpartition(".")[2] in (*HEADS, *EMBEDDINGS))
 
 
 def trainable_parameters(architecture: Architecture, settings: MemorySettings) -> int:
@@ -158,4 +200,5 @@ def weight_copy_bytes(architecture: Architecture, settings: MemorySettings) -> i
     if settings.method not in ("lora", "dora"):
         return 0
     targets = adapter_targets(architecture, settings)
-    return HALF_BYTES * sum(settings.r * (linear.inputs + linear.outputs) for linear in targets)
+    ranks = [(largest_rank(architecture, settings, linear), linear) for linear in targets]
+    return HALF_BYTES * sum(rank * (linear.inputs + linear.outputs) for rank, linear in ranks)

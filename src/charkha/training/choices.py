@@ -227,9 +227,6 @@ class Chooser:
             brought = "a streamed base brings each layer back for the backward pass, which begins by running it again"
             reason = brought if streamed else "devices.offload activations moves what checkpointing keeps"
             raise _refused("training.gradient_checkpointing", asked, reason, "full")
-        if asked == "selective" and self.offloads_activations:
-            reason = "it keeps on the device, layer by layer, as much as devices.offload activations moves away"
-            raise _refused("training.gradient_checkpointing", asked, reason, "full")
         if asked == "auto":
             why = "a streamed base runs each layer twice" if streamed else "what it keeps is offloaded"
             self._choose("training.gradient_checkpointing", "full", why)

@@ -59,7 +59,8 @@ def _remedies(
 ) -> Iterator[str]:
     settings = planned.settings
     told = set()
-    for proposal in propose(architecture, settings, machine, rows):
+    stored = planned.is_stored_quantized
+    for proposal in propose(architecture, settings, machine, rows, is_stored_quantized=stored):
         changes = {key: value for key, value in proposal.changes.items() if not _is_auto(config, key)}
         text = " ".join(f"--set {key}={value}" for key, value in changes.items())
         if text and text not in told and proposal.name != "longest_context":

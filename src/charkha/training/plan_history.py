@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from charkha.caches import history_folder
 from charkha.config import Config
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
-from charkha.plan.history import RUNS, correction, runs_of, shape_here
+from charkha.plan.history import KEPT, RUNS, correction, runs_of, shape_here
 from charkha.plan.memory_settings import MemorySettings
 from charkha.store.jsonl import read_lines
 from charkha.training.plan_record import with_time
-
-if TYPE_CHECKING:  # which imports NumPy
-    pass
 
 
 def corrected_by_history(
@@ -25,7 +22,7 @@ def corrected_by_history(
     Writes `seconds_p90` in any case: from the scatter of those runs, or of published ones where there are none.
     """
     folder = history_folder() if machine.here else None
-    lines = [] if folder is None else read_lines(folder / RUNS)
+    lines = [] if folder is None else read_lines(folder / RUNS)[-2 * KEPT :]  # no more are ever kept
     runs, damaged = runs_of(lines)
     shape = shape_here(architecture, settings, machine)
     found = correction(runs, shape, settings.device, record["peak_allocated_bytes"])
@@ -36,7 +33,7 @@ def corrected_by_history(
     record["reasons"] += found.reasons
     if damaged:
         record["reasons"].append(
-            f"history: {damaged} of {len(lines)} lines in {folder} cannot be read and are left out"
+            f"history: {damaged} of {len(lines)} lines in {folder} cannot be read, or cannot be true, and are left out"
         )
     return found.ratio
 

@@ -25,6 +25,7 @@ from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_resident, why_not_streamed
+from charkha.plan.weights import why_not_quantized
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
 from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
@@ -46,6 +47,9 @@ class ModelChoices:
     cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
     cannot_stay: str | None  # why they cannot all be on the device
     is_cast: bool = False  # whether the base's files are said to have another type than `dtype`
+    is_stored_quantized: bool = (
+        False  # whether they are in the storage that they are trained in, and no other can be had
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class PlannedSettings:
     step: StepMemory
     way: Way  # as the search judged it
     reasons: tuple[str, ...]
+    is_stored_quantized: bool = False
 
 
 def device_facts(machine: Machine) -> DeviceFacts:
@@ -90,7 +95,7 @@ def choose_model(
     return ModelChoices(
         dtype=dtype,
         attention=chooser.attention(dtype, without if kernels is None else kernels),
-        quantization=(quantization := chooser.quantization(stored_quantization(base_config))),
+        quantization=(quantization := chooser.quantization(stored := stored_quantization(base_config))),
         processes=(processes := _processes(config, chooser, machine)),
         model_type=model_type,
         cannot_stream=why_not_streamed(
@@ -104,6 +109,7 @@ def choose_model(
         cannot_stay=why_not_resident(base_config, quantization),
         is_cast=_written_dtype(base_config)
         not in (None, {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32")),
+        is_stored_quantized=stored is not None,
     )
 
 
@@ -158,8 +164,8 @@ def planned_settings(
         selective=settings.selective,
         offload_activations=chooser.offloads_activations,
     )
-    notes = (*reasons, *chooser.offload_note(), *_not_carried_out(config))
-    return PlannedSettings(settings, step, picked.way, notes)
+    notes = (*reasons, *chooser.offload_note(), *_not_carried_out(config, architecture, settings))
+    return PlannedSettings(settings, step, picked.way, notes, model.is_stored_quantized)
 
 
 def fixed_values_note(why: str) -> str:
@@ -245,6 +251,8 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         r=adapter.r,
         lora_dropout=adapter.lora_dropout,
         target_modules=_targets(config),
+        rank_pattern=tuple(adapter.rank_pattern.items()),
+        layers_to_transform=tuple(sorted(set(adapter.layers_to_transform or ()))) or None,
         gradient_checkpointing=step.gradient_checkpointing,
         accumulation_steps=-(-training.batch_size // (step.micro_batch_size * model.processes)),
         loss_head=cast(Any, step.loss_head),
@@ -278,7 +286,13 @@ def _processes(config: Config, chooser: Chooser, machine: Machine) -> int:
     if machine.here and config.devices.strategy in CARRIED_OUT["devices.strategy"]:
         return chooser.processes()
     hosts = 1 + len(config.devices.hosts)
-    count = (max(1, len(machine.gpus)) if asked == "auto" else asked) * hosts
+    cards = len(machine.gpus)
+    if cards and asked != "auto" and asked > cards:
+        problem = ConfigProblem(
+            "devices.processes", f"{asked} devices on a machine with {cards}", remedy=f"at most {cards}"
+        )
+        raise ConfigError("config", [problem])
+    count = (max(1, cards) if asked == "auto" else asked) * hosts
     if count > config.training.batch_size:
         raise ConfigError(
             "config",
@@ -320,7 +334,7 @@ def _shared_out(
     if asked != "auto":
         return _with_hooks(replace(settings, strategy=cast(Strategy, asked)))
     copies = replace(settings, strategy="ddp")
-    if evaluate(architecture, copies, machine).fits:
+    if evaluate(architecture, copies, machine).device_fits:
         reasons.append(f"devices.strategy: ddp (a whole copy fits on each of {settings.processes} devices)")
         return copies
     reasons.append(f"devices.strategy: fsdp (a whole copy does not fit, shards on {settings.processes} devices may)")
@@ -332,8 +346,16 @@ def _with_hooks(settings: MemorySettings) -> MemorySettings:
     return replace(settings, hooks_keep_inputs=settings.strategy == "fsdp" and not settings.is_full)
 
 
-def _not_carried_out(config: Config) -> list[str]:
-    return [
+def _not_carried_out(config: Config, architecture: Architecture, settings: MemorySettings) -> list[str]:
+    """What of the settings, asked for or decided, training refuses."""
+    told = {key: (value, works) for key, value, works in unsupported(config)}
+    if config.devices.strategy == "auto" and settings.strategy not in CARRIED_OUT["devices.strategy"]:
+        told["devices.strategy"] = (settings.strategy, "ddp")
+    said = [
         f"{key}: {value} is planned for, but `charkha train` of this version does not carry it out ({works} works)"
-        for key, value, works in unsupported(config)
+        for key, (value, works) in told.items()
     ]
+    refusal = None if settings.streamed else why_not_quantized(architecture, settings)
+    if refusal is not None:
+        said.append(f"model.quantization: {settings.quantization} is planned for, but training refuses it: {refusal}")
+    return said

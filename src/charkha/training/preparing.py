@@ -17,6 +17,7 @@ import numpy as np
 from charkha.config import Config
 from charkha.config_file import LoadedConfig
 from charkha.data.encoded import EncodedCounts
+from charkha.data.eval_share import is_share_or_count
 from charkha.data.formats import ReadOptions, open_rows, raise_for_problems, raise_for_reports
 from charkha.data.hub_names import resolve_names
 from charkha.data.indexing import IndexedFile, index_file
@@ -329,7 +330,7 @@ def _key(
     max_length: int,
 ) -> str:
     section = config.data.model_dump(mode="json", exclude={"train", "max_length", "num_proc"})
-    section["eval"] = str(config.data.eval) if _is_share_or_count(config.data.eval) else None
+    section["eval"] = str(config.data.eval) if is_share_or_count(config.data.eval) else None
     made_of = {
         "data": section,
         "seed": config.training.seed,
@@ -340,10 +341,6 @@ def _key(
         "template": template.text if template else None,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-def _is_share_or_count(wish: object) -> bool:
-    return not isinstance(wish, str) or wish.rstrip().endswith("%")
 
 
 def _file_notes(indexed: Sequence[IndexedFile]) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from charkha.caches import history_folder
+from charkha.plan.autos import with_rows
 from charkha.plan.history import KEPT, RUNS, FinishedRun, line_of, shape_here
+from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.search import evaluate
 from charkha.store.jsonl import add_line
-from charkha.training.opening import Session
+from charkha.training.opening import Planned, Session
 from charkha.training.plan_record import run_seconds
 
 _STANDSTILL = 10.0  # a step that took so many times the median was not all work: the machine slept, or was stopped
@@ -27,9 +29,7 @@ def remember_run(session: Session, events: list[dict[str, Any]], peak_bytes: int
     seconds = [float(event["seconds"]) for event in events if event["event"] == "step"]
     if folder is None or planned is None or len(seconds) < _FEWEST_STEPS:
         return None
-    rows = session.plan.micro_batch_size  # smaller than planned after out-of-memory
-    steps = -(-session.plan.batch_size // (rows * planned.settings.processes))
-    settings = replace(planned.settings, rows=rows, accumulation_steps=steps)
+    settings = _as_it_ran(session, planned)
     config, machine = session.loaded.config, planned.machine
     found = evaluate(planned.architecture, settings, machine)
     planned_seconds = run_seconds(config, planned.architecture, machine, planned.rows, found)
@@ -50,6 +50,18 @@ def remember_run(session: Session, events: list[dict[str, Any]], peak_bytes: int
     except OSError as error:
         return f"the next plan will not know of this run: {folder} cannot be written: {error.strerror or error}"
     return None
+
+
+def _as_it_ran(session: Session, planned: Planned) -> MemorySettings:
+    """The settings planned, with what was given up for memory since."""
+    plan = session.plan
+    step = replace(
+        planned.settings,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        selective=plan.selective,
+        loss_head=cast(Any, plan.loss_head),
+    )
+    return with_rows(step, plan.micro_batch_size, planned.rows, plan.batch_size)
 
 
 def working_seconds(seconds: list[float]) -> float:

@@ -15,6 +15,7 @@ from charkha.plan.popular_models import popular_config
 from charkha.training.base_model import find_base
 
 _NO_CONFIG = "put the model's config.json there"
+_COMPARE = "compare it with the config.json that the model's authors publish"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_shape(loaded: LoadedConfig) -> BaseShape:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"cannot be read: {error}", where=str(path), remedy="put the model's config.json there"
         ) from None
@@ -61,10 +62,10 @@ def architecture_of(base: BaseShape) -> Architecture:
             check_base_config(text_model, base.where)
         return read_architecture(base.config)
     except EnvironmentProblem as problem:
-        raise UsageError(problem.message, where=base.where, remedy=problem.remedy) from None
+        raise UsageError(problem.message, where=base.where, remedy=problem.remedy or _COMPARE) from None
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UsageError(
             f"cannot be understood: {type(error).__name__} {error}",
             where=base.where,
-            remedy="compare it with the config.json that the model's authors publish",
+            remedy=_COMPARE,
         ) from None

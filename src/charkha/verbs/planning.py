@@ -13,10 +13,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from charkha.carried_out import CARRIED_OUT
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import DataError, EnvironmentProblem
-from charkha.hardware.machine import Machine, machine_of, machine_record, this_machine
+from charkha.errors import DataError, EnvironmentProblem, UsageError
+from charkha.hardware.machine import Machine, this_machine
+from charkha.hardware.machine_file import machine_of, machine_record
+from charkha.plan.adapter_names import require_names
 from charkha.plan.architecture import Architecture
 from charkha.plan.cost import BuyOrRent, buy_or_rent, run_cost
 from charkha.plan.device_memory import DeviceMemory
@@ -28,9 +31,15 @@ from charkha.store.durable import write_durably
 from charkha.training.choices import Chooser, steps_of_an_epoch
 from charkha.training.plan_history import corrected_by_history, scaled
 from charkha.training.plan_record import plan_record, run_seconds, tokens_per_second, verdicts, with_time
-from charkha.training.planned_settings import ModelChoices, choose_model, device_facts, planned_settings
+from charkha.training.planned_settings import (
+    ModelChoices,
+    PlannedSettings,
+    choose_model,
+    device_facts,
+    planned_settings,
+)
 from charkha.training.planned_trace import Traced, traced_peak
-from charkha.training.sources import sources_of
+from charkha.training.sources import Source, sources_of
 from charkha.verbs.planned_base import BaseShape, architecture_of, find_shape
 
 _STEP_KEYS = tuple(
@@ -65,9 +74,10 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
         require_probe(loaded, wish.gpus)
     machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
     if wish.write_machine is not None:
-        write_durably(wish.write_machine, json.dumps(machine_record(machine), indent=1).encode())
+        _write_machine(machine, wish.write_machine)
     base = find_shape(loaded)
     architecture = architecture_of(base)
+    require_names(loaded.config.adapter, architecture)
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
     max_length = chooser.max_length(architecture.max_positions)
@@ -88,8 +98,8 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     ratio = corrected_by_history(record, loaded.config, architecture, planned.settings, used)
     if wish.probe:
         ratio *= _probe(record, wish, loaded.config, architecture, planned.settings, used)
-    record["reasons"] += verdicts(record, found, used)
-    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, record["fits"])
+    record["reasons"] += [*verdicts(record, found, used), *_tariff_note(loaded)]
+    alternatives = _alternatives(loaded.config, architecture, machine, rows, found, planned, fits=record["fits"])
     alternatives += _packing(loaded.config, model, architecture, used, data)
     record["alternatives"] = scaled(alternatives, ratio)
     if wish.buy_or_rent:
@@ -103,6 +113,27 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if not record["fits"]:
         record["exit_code"] = 3
     return record
+
+
+def _tariff_note(loaded: LoadedConfig) -> list[str]:
+    """Said where a default that is meant in rupees was taken as other money."""
+    cost = loaded.config.cost
+    if "cost.electricity_per_kwh" in loaded.keys_set or cost.currency in ("INR", "USD"):
+        return []
+    return [
+        f"cost.electricity_per_kwh: {cost.electricity_per_kwh:g} is a tariff in rupees: give yours in {cost.currency}"
+    ]
+
+
+def _write_machine(machine: Machine, path: Path) -> None:
+    try:
+        write_durably(path, json.dumps(machine_record(machine), indent=1).encode())
+    except OSError as error:
+        raise UsageError(
+            f"the machine file cannot be written: {error.strerror or error}",
+            where=str(path),
+            remedy="name a file in a folder that exists and that you may write to",
+        ) from None
 
 
 def _probe(
@@ -142,29 +173,29 @@ def _data(
     loaded: LoadedConfig, base: BaseShape, max_length: int, chooser: Chooser, model: ModelChoices, machine: Machine
 ) -> _Data:
     """Lengths as they will be trained where the tokenizer is here; else every row is taken as long as max_length."""
-    from charkha.data.formats import read_rows
-
-    files, missing = _files(loaded)
-    if missing is None and base.folder is not None and (base.folder / "tokenizer.json").exists():
+    sources, missing = _sources(loaded)
+    packed, wished = loaded.config.data.packing is True, bool(loaded.config.data.eval)
+    if missing is not None:
+        note = f"{missing}, so the number of rows is not known: no hours, energy and money"
+        return _Data(Rows(max_length, float(max_length), None, packed=packed), wished, (note,))
+    if base.folder is not None and (base.folder / "tokenizer.json").exists():
         return _tokenized(loaded, base.folder, max_length, chooser, model, machine)
-    if missing is None:
-        notes = [f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"]
-        mapping = dict(loaded.config.data.map)
-        count: int | None = sum(len(read_rows(path, mapping=mapping).rows) for path in files)
-    else:
-        count, notes = None, [f"{missing}, so the number of rows is not known: no hours, energy and money"]
-    packed, has_eval = loaded.config.data.packing is True, bool(loaded.config.data.eval)
-    held_out = (full_batch(max_length),) if has_eval else ()
-    return _Data(Rows(max_length, float(max_length), count, packed=packed, held_out=held_out), has_eval, tuple(notes))
+    from charkha.training.counted_rows import count_rows
+
+    counted = count_rows(loaded.config, sources)
+    note = f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"
+    held_out = (full_batch(max_length),) if counted.held_out > 0 else ()
+    rows = Rows(max_length, float(max_length), counted.train, packed=packed, held_out=held_out)
+    return _Data(rows, counted.held_out > 0, (note,))
 
 
-def _files(loaded: LoadedConfig) -> tuple[list[Path], str | None]:
-    """The training files, or why they cannot be read."""
+def _sources(loaded: LoadedConfig) -> tuple[list[Source], str | None]:
+    """The training files, and which of them cannot be read, and why; None where all are here."""
     try:
-        files = [source.path for source in sources_of(loaded.config, loaded.folder)]
+        sources = sources_of(loaded.config, loaded.folder)
     except (DataError, EnvironmentProblem) as problem:
         return [], f"{problem.where or loaded.folder}: {problem.message}"
-    return files, next((f"{path} is not here" for path in files if not path.is_file()), None)
+    return sources, next((f"{source.path} is not here" for source in sources if not source.path.is_file()), None)
 
 
 def _tokenized(
@@ -188,29 +219,44 @@ def _tokenized(
 
 
 def _alternatives(
-    config: Config, architecture: Architecture, machine: Machine, rows: Rows, found: Candidate, fits: bool
+    config: Config,
+    architecture: Architecture,
+    machine: Machine,
+    rows: Rows,
+    found: Candidate,
+    planned: PlannedSettings,
+    *,
+    fits: bool,
 ) -> list[dict[str, Any]]:
+    stored = planned.is_stored_quantized
     made = [
         {
             "name": proposal.name,
             "changes": proposal.changes,
-            "reason": proposal.reason,
+            "reason": proposal.reason + _if_shards(proposal.candidate.settings.strategy),
             "fits": True,
             **_short(config, architecture, machine, rows, proposal.candidate),
         }
-        for proposal in propose(architecture, found.settings, machine, rows)
+        for proposal in propose(architecture, found.settings, machine, rows, is_stored_quantized=stored)
     ]
     if not fits:
         machines = machines_that_fit(architecture, found.settings)
+        several = "the smallest cards that would hold it; several hold shards, one row at a time"
         made.append(
             {
                 "name": "other_machines",
                 "machines": [{"count": count, "gpu": gpu} for count, gpu in machines],
                 "fits": bool(machines),
-                "reason": "the smallest cards that would hold it; several hold shards, one row at a time",
+                "reason": several + _if_shards("fsdp"),
             }
         )
     return made
+
+
+def _if_shards(strategy: str) -> str:
+    """Said of a way to share out the work that training refuses."""
+    works = strategy in CARRIED_OUT["devices.strategy"]
+    return "" if works else f"; `charkha train` of this version does not carry out {strategy}"
 
 
 def _packing(

@@ -30,7 +30,7 @@ def read_base_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             remedy="give a folder in Hugging Face layout, or a hub id after `charkha fetch`",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EnvironmentProblem(f"config.json cannot be read: {error}", where=str(folder)) from None
     if not isinstance(config, dict):
         raise EnvironmentProblem("config.json holds no object", where=str(folder))
