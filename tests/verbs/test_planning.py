@@ -436,3 +436,30 @@ def test_electricity_is_counted_in_the_currency_that_is_asked_for(workshop: Path
     priced = told("cost.currency=EUR", "cost.electricity_per_kwh=0.3")
     assert not any("tariff" in reason for reason in priced["reasons"])
     assert plan(workshop, "--set", "cost.currency=rupees", code=2)["error"]["problems"][0]["key"] == "cost.currency"
+
+
+def test_the_disk_that_counts_is_the_runs_own(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workshop / "elsewhere").mkdir()
+    free = {workshop / "elsewhere": 7 << 40}
+    monkeypatch.setattr(
+        "charkha.hardware.machine.shutil.disk_usage", lambda folder: SimpleNamespace(free=free.get(Path(folder), 1))
+    )
+    wishes = ("model.base=starter", "model.quantization=none", "data.eval=null", "data.max_length=64")
+    small = [part for wish in wishes for part in ("--set", wish)]
+    little = plan(workshop, *small, code=3)
+    assert any(reason.startswith("disk: ") for reason in little["reasons"])
+    there = ("--set", "output=elsewhere/run")
+    assert plan(workshop, *small, *there)["fits"]
+
+
+def test_a_streamed_base_that_lies_in_the_cache_needs_no_room_again(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHARKHA_CACHE", str(workshop / "cache"))
+    first = plan(workshop, "--set", "model.placement=streamed")
+    slab = first["streaming"]["slab_bytes"]
+    (workshop / "cache/slabs/key").mkdir(parents=True)
+    with (workshop / "cache/slabs/key/layers.slab").open("wb") as file:
+        file.truncate(slab)
+    assert plan(workshop, "--set", "model.placement=streamed")["disk_bytes"] == first["disk_bytes"] - slab
+    assert plan(workshop, "--gpu", "4090", "--set", "model.placement=streamed")["disk_bytes"] > slab
