@@ -463,3 +463,19 @@ def test_a_streamed_base_that_lies_in_the_cache_needs_no_room_again(
         file.truncate(slab)
     assert plan(workshop, "--set", "model.placement=streamed")["disk_bytes"] == first["disk_bytes"] - slab
     assert plan(workshop, "--gpu", "4090", "--set", "model.placement=streamed")["disk_bytes"] > slab
+
+
+@pytest.mark.parametrize(
+    ("base", "wishes"),
+    [
+        ("mixtral", ("model.quantization=nf4", "model.placement=resident")),
+        ("llama", ("model.quantization=int8", "adapter.method=dora", "model.placement=resident")),
+    ],
+)
+def test_a_storage_that_training_refuses_is_said(workshop: Path, base: str, wishes: tuple[str, ...]) -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    small = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1000}
+    shape = LLAMA_8B | small | (experts if base == "mixtral" else {})
+    (workshop / "base/config.json").write_text(json.dumps(shape))
+    record = plan(workshop, *(part for wish in wishes for part in ("--set", wish)))
+    assert any("is planned for, but training refuses it" in reason for reason in record["reasons"])

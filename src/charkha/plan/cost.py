@@ -87,8 +87,10 @@ def run_cost(machine: Machine, seconds: float, *, currency: str, electricity_per
     """Energy and money of `seconds` of training on `machine`."""
     watts = wall_watts(machine)
     energy = watts * seconds / 3.6e6
-    offer = cheapest_rental(machine.gpu, currency) if machine.gpu else None
-    rent = None if offer is None else offer.per_hour * len(machine.gpus) * seconds / 3600
+    offers = {gpu.name: cheapest_rental(gpu, currency) for gpu in dict.fromkeys(machine.gpus)}
+    known = {name: offer for name, offer in offers.items() if offer is not None}
+    offer = next(iter(known.values())) if known and len(known) == len(offers) else None  # where every card is offered
+    rent = sum(known[gpu.name].per_hour for gpu in machine.gpus) * seconds / 3600 if offer else None
     return Cost(
         currency=currency,
         wall_w=watts,
