@@ -19,11 +19,22 @@ from charkha.optimizers import require_optimizer
 from charkha.personal_kinds import PERSONAL_KINDS
 from charkha.units import parse_seconds
 
+_LARGEST_NUMBER = 10**18
+
 
 class Section(BaseModel):
     """Frozen; an unknown key is an error, a number is never made out of a string and is always finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_counted_with(cls, value: Any) -> Any:
+        """Whole numbers have no end in YAML, but products of them and of fractions have."""
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,):
+            if isinstance(number, (int, float)) and abs(number) > _LARGEST_NUMBER:
+                raise ValueError(f"a number of {len(str(int(number)))} digits is beyond any use")
+        return value
 
 
 Name = Annotated[str, Field(min_length=1)]  # of a file, folder or model

@@ -239,6 +239,9 @@ def test_a_step_that_cannot_be_traced_is_counted_and_the_reason_told(
     [
         ({}, "training.batch_size=1000000000"),
         ({}, "training.epochs=1e12"),
+        ({}, "training.epochs=1e308"),
+        ({}, "adapter.rank_pattern={down_proj: " + "9" * 400 + "}"),
+        *(({}, f"{key}={'9' * 400}") for key in ("training.max_steps", "training.batch_size", "adapter.r")),
         ({"max_position_embeddings": 10**12}, "data.max_length=1000000000000"),
         ({"num_hidden_layers": 10**9}, "training.batch_size=1"),
         ({"hidden_size": 8 * 10**9, "vocab_size": 10**12}, "adapter.r=1000000"),
@@ -391,6 +394,7 @@ def test_ranks_and_layers_of_their_own_are_counted(workshop: Path) -> None:
     assert trained("adapter.layers_to_transform=[0, 5]") == all_of_it * 2 // 32
     more = trained("adapter.rank_pattern={down_proj: 64, layers.3.self_attn.q_proj: 17}")
     assert more - all_of_it == 32 * 48 * (14336 + 4096) + (4096 + 4096)
+    assert trained(r"adapter.target_modules='.*layers\.(3|4)\..*q_proj'") == 2 * 16 * (4096 + 4096)
 
 
 def test_a_machine_file_that_cannot_be_written_is_a_users_error(workshop: Path) -> None:
@@ -406,6 +410,12 @@ def test_a_way_to_share_out_the_work_that_training_does_not_carry_out_is_said(wo
     assert any("devices.strategy: fsdp is planned for, but" in reason for reason in record["reasons"])
     (machines,) = plan(workshop, "--gpu", "rtx 4090", *full, code=3)["alternatives"]
     assert "does not carry out fsdp" in machines["reason"]
+
+
+def test_further_hosts_draw_power_and_cost_rent_too(workshop: Path) -> None:
+    cards = ("--gpu", "2x rtx 4090", "--set", "training.max_steps=10", "--set", "training.batch_size=24")
+    one, three = plan(workshop, *cards)["cost"], plan(workshop, *cards, "--set", "devices.hosts=[a, b]")["cost"]
+    assert three["wall_w"] == pytest.approx(3 * one["wall_w"], abs=2)
 
 
 def test_idle_cards_of_a_machine_cost_nothing(workshop: Path) -> None:

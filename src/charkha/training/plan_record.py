@@ -143,6 +143,7 @@ def with_time(
         seconds or 0.0,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
+        machines=1 + len(config.devices.hosts),
     )
     record |= {
         "tokens_per_second": round(tokens_per_second, 1),

@@ -293,6 +293,7 @@ def _short(
         seconds or 0.0,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
+        machines=1 + len(config.devices.hosts),
     )
     memory: DeviceMemory = candidate.memory
     return {
