@@ -489,3 +489,4 @@ def test_a_storage_that_training_refuses_is_said(workshop: Path, base: str, wish
     (workshop / "base/config.json").write_text(json.dumps(shape))
     record = plan(workshop, *(part for wish in wishes for part in ("--set", wish)))
     assert any("is planned for, but training refuses it" in reason for reason in record["reasons"])
+    assert any("lora_dropout: training refuses" in reason for reason in record["reasons"]) == (base == "mixtral")
