@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from charkha.carried_out import CARRIED_OUT
-from charkha.config import Config, interval_of
+from charkha.config import Config
 from charkha.config_file import ALIASES, LoadedConfig, dump_config, known_keys, load_config
+from charkha.config_watching import interval_of
 from charkha.errors import ConfigError, ConfigProblem
 
 LEAST = "model: {base: starter}\ndata: {train: [a.jsonl]}\noutput: runs/x\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 # What moves these folders. Whoever starts charkha by other means than a shell has to hand them on.
 VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "CHARKHA_CACHE", "XDG_CACHE_HOME", "CHARKHA_HISTORY")
 
+SLABS = "slabs/*/layers.slab"  # below own_cache(): streamed bases as they were laid out
+
 
 def hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
     """Where Hugging Face tools keep what they fetch: HF_HUB_CACHE, else HF_HOME/hub, else below XDG_CACHE_HOME."""

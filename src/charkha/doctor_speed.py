@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from charkha.caches import own_cache
+from charkha.caches import SLABS, own_cache
 from charkha.doctor_checks import Check
 from charkha.doctor_children import TRANSFERS, ChildFailed, ask_child, unanswered
 from charkha.hardware.sensors import PcieLink
@@ -105,7 +105,7 @@ def check_base_disk(base: Path | None, learned: Learned) -> Check:
 
 
 def _weights(base: Path | None) -> Path | None:
-    slabs = own_cache().glob("slabs/*/layers.slab")
+    slabs = own_cache().glob(SLABS)
     for paths in (slabs, base.glob("*.safetensors") if base else ()):
         largest = max(paths, key=lambda path: path.stat().st_size, default=None)
         if largest is not None and largest.stat().st_size >= _SMALLEST_FILE_BYTES:

@@ -206,6 +206,16 @@ def test_a_trace_is_remembered_by_content(on_a_gpu, tmp_path, monkeypatch):
         trace.trace_memory(dataclasses.replace(on_a_gpu, max_grad_norm=0.0), cache=tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "\xff"])
+def test_a_remembered_trace_that_is_damaged_is_none(on_a_gpu, tmp_path, text):
+    """A power cut leaves an empty file behind a rename that was not synced."""
+    (tmp_path / f"{trace.cache_key(on_a_gpu)}.json").write_bytes(text.encode("latin-1"))
+    assert trace.remembered_memory(on_a_gpu, cache=tmp_path) is None
+    result = trace.TraceResult(9, 9, {"batch": 9}, "forward", 1, None, 1, 1, 1.5, ("a note",))
+    trace._store(tmp_path / f"{trace.cache_key(on_a_gpu)}.json", dataclasses.asdict(result))
+    assert trace.remembered_memory(on_a_gpu, cache=tmp_path) == result
+
+
 @pytest.mark.long
 def test_a_trace_in_a_child_process_is_that_of_this_process(on_a_gpu, tmp_path):
     in_child = trace.trace_memory(on_a_gpu, cache=tmp_path)

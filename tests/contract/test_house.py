@@ -68,7 +68,7 @@ def floors() -> list[set[str]]:
 # Files that belong to a room of another name.
 BELONGS_TO = {
     "config_file": "config", "yaml_text": "config", "optimizers": "config", "guard_limits": "config",
-    "personal_kinds": "config", "carried_out": "config",
+    "personal_kinds": "config", "carried_out": "config", "config_section": "config", "config_watching": "config",
     "guard_heat": "guard", "guard_trace": "guard", "doctor_checks": "doctor",
     "doctor_children": "doctor", "doctor_disk": "doctor", "doctor_gpus": "doctor", "doctor_speed": "doctor",
     "__main__": "cli",

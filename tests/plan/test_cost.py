@@ -157,3 +157,15 @@ def test_a_users_card_prices_may_be_in_one_currency(tmp_path: Path, monkeypatch:
     table.write_text('gpu,inr\nRTX 4090,"1,80,000"\n')
     with pytest.raises(UsageError, match="inr of RTX 4090"):
         card_price(find_gpu("RTX 4090"), "INR")
+
+
+def test_unlike_cards_are_rented_each_at_its_own_price() -> None:
+    def rent(*cards: str) -> float | None:
+        machine = Machine("office", tuple(find_gpu(card) for card in cards), None)
+        return run_cost(machine, 3600, currency="INR", electricity_per_kwh=10).rental_equivalent
+
+    old, new = rent("RTX 3090"), rent("RTX 4090")
+    assert old is not None
+    assert new is not None
+    assert rent("RTX 3090", "RTX 4090", "RTX 3090") == pytest.approx(2 * old + new)
+    assert rent("RTX 4090", "RTX 3060") is None  # which nobody offers

@@ -11,6 +11,7 @@ from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture, read_architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
+from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate, fallbacks, host_has_room, machines_that_fit, propose, variations
 from charkha.training.fallback import _changed, _Step
 
@@ -172,3 +173,12 @@ def test_a_base_stored_in_4_bits_is_proposed_in_no_other_storage() -> None:
     proposals = propose(LLAMA_8B, QLORA, machine("H100"), is_stored_quantized=True)
     assert {one.candidate.settings.quantization for one in proposals} == {"nf4"}
     assert propose(LLAMA_8B, QLORA, machine("H100"))[0].candidate.settings.quantization == "none"
+
+
+def test_the_longest_rows_fit_when_all_of_them_is_trained_and_the_batch_stays() -> None:
+    known = Rows(512, 300.0, 100, trained_positions={size: 20 * size for size in (1, 2, 4, 8, 16)}, known=True)
+    settings = dataclasses.replace(QLORA, tokens=512, trained_positions=20)
+    longest = propose(LLAMA_8B, settings, machine("RTX 4090"), known)[2].candidate.settings
+    assert longest.tokens > 8192
+    assert evaluate(LLAMA_8B, dataclasses.replace(longest, trained_positions=None), machine("RTX 4090")).fits
+    assert longest.rows * longest.accumulation_steps == 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,3 +68,12 @@ def test_a_model_that_the_planner_does_not_know_is_trained_with_fixed_values(
     assert session.plan.micro_batch_size == 8
     assert session.memory.record["fits"] is None
     assert "'new'" in session.memory.sentence()
+
+
+def test_a_run_that_the_disk_may_not_hold_is_begun_and_that_is_said(
+    project: MakeProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("charkha.hardware.machine.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    work, events = project(), []
+    open_session(load_config(work.config, []), RunFolder(work.run_folder()), events.append)
+    assert any("the disk is short: the run writes" in event.get("text", "") for event in events)

@@ -266,6 +266,9 @@ def test_the_held_out_loss_is_named_where_it_is_the_peak(workshop: Path) -> None
     [
         ({}, "training.batch_size=1000000000"),
         ({}, "training.epochs=1e12"),
+        ({}, "training.epochs=1e308"),
+        ({}, "adapter.rank_pattern={down_proj: " + "9" * 400 + "}"),
+        *(({}, f"{key}={'9' * 400}") for key in ("training.max_steps", "training.batch_size", "adapter.r")),
         ({"max_position_embeddings": 10**12}, "data.max_length=1000000000000"),
         ({"num_hidden_layers": 10**9}, "training.batch_size=1"),
         ({"hidden_size": 8 * 10**9, "vocab_size": 10**12}, "adapter.r=1000000"),
@@ -418,6 +421,7 @@ def test_ranks_and_layers_of_their_own_are_counted(workshop: Path) -> None:
     assert trained("adapter.layers_to_transform=[0, 5]") == all_of_it * 2 // 32
     more = trained("adapter.rank_pattern={down_proj: 64, layers.3.self_attn.q_proj: 17}")
     assert more - all_of_it == 32 * 48 * (14336 + 4096) + (4096 + 4096)
+    assert trained(r"adapter.target_modules='.*layers\.(3|4)\..*q_proj'") == 2 * 16 * (4096 + 4096)
 
 
 def test_a_machine_file_that_cannot_be_written_is_a_users_error(workshop: Path) -> None:
@@ -433,6 +437,12 @@ def test_a_way_to_share_out_the_work_that_training_does_not_carry_out_is_said(wo
     assert any("devices.strategy: fsdp is planned for, but" in reason for reason in record["reasons"])
     (machines,) = plan(workshop, "--gpu", "rtx 4090", *full, code=3)["alternatives"]
     assert "does not carry out fsdp" in machines["reason"]
+
+
+def test_further_hosts_draw_power_and_cost_rent_too(workshop: Path) -> None:
+    cards = ("--gpu", "2x rtx 4090", "--set", "training.max_steps=10", "--set", "training.batch_size=24")
+    one, three = plan(workshop, *cards)["cost"], plan(workshop, *cards, "--set", "devices.hosts=[a, b]")["cost"]
+    assert three["wall_w"] == pytest.approx(3 * one["wall_w"], abs=2)
 
 
 def test_idle_cards_of_a_machine_cost_nothing(workshop: Path) -> None:
@@ -463,3 +473,47 @@ def test_electricity_is_counted_in_the_currency_that_is_asked_for(workshop: Path
     priced = told("cost.currency=EUR", "cost.electricity_per_kwh=0.3")
     assert not any("tariff" in reason for reason in priced["reasons"])
     assert plan(workshop, "--set", "cost.currency=rupees", code=2)["error"]["problems"][0]["key"] == "cost.currency"
+
+
+def test_the_disk_that_counts_is_the_runs_own(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workshop / "elsewhere").mkdir()
+    free = {workshop / "elsewhere": 7 << 40}
+    monkeypatch.setattr(
+        "charkha.hardware.machine.shutil.disk_usage", lambda folder: SimpleNamespace(free=free.get(Path(folder), 1))
+    )
+    wishes = ("model.base=starter", "model.quantization=none", "data.eval=null", "data.max_length=64")
+    small = [part for wish in wishes for part in ("--set", wish)]
+    little = plan(workshop, *small, code=3)
+    assert any(reason.startswith("disk: ") for reason in little["reasons"])
+    there = ("--set", "output=elsewhere/run")
+    assert plan(workshop, *small, *there)["fits"]
+
+
+def test_a_streamed_base_that_lies_in_the_cache_needs_no_room_again(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHARKHA_CACHE", str(workshop / "cache"))
+    first = plan(workshop, "--set", "model.placement=streamed")
+    slab = first["streaming"]["slab_bytes"]
+    (workshop / "cache/slabs/key").mkdir(parents=True)
+    with (workshop / "cache/slabs/key/layers.slab").open("wb") as file:
+        file.truncate(slab)
+    assert plan(workshop, "--set", "model.placement=streamed")["disk_bytes"] == first["disk_bytes"] - slab
+    assert plan(workshop, "--gpu", "4090", "--set", "model.placement=streamed")["disk_bytes"] > slab
+
+
+@pytest.mark.parametrize(
+    ("base", "wishes"),
+    [
+        ("mixtral", ("model.quantization=nf4", "model.placement=resident")),
+        ("llama", ("model.quantization=int8", "adapter.method=dora", "model.placement=resident")),
+    ],
+)
+def test_a_storage_that_training_refuses_is_said(workshop: Path, base: str, wishes: tuple[str, ...]) -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    small = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1000}
+    shape = LLAMA_8B | small | (experts if base == "mixtral" else {})
+    (workshop / "base/config.json").write_text(json.dumps(shape))
+    record = plan(workshop, *(part for wish in wishes for part in ("--set", wish)))
+    assert any("is planned for, but training refuses it" in reason for reason in record["reasons"])
+    assert any("lora_dropout: training refuses" in reason for reason in record["reasons"]) == (base == "mixtral")

@@ -65,7 +65,7 @@ def find_gpu(name: str) -> Gpu:
 
     Raises UnknownGpu naming the nearest ones.
     """
-    by_key = {_key(alias): gpu for gpu in reversed(catalog()) for alias in (gpu.name, *gpu.aliases)}
+    by_key = _by_key(catalog())
     memory = re.search(r"\b(\d+) ?gi?b\b", name, re.IGNORECASE)
     plain = name.replace(memory[0], "") if memory else name
     for wanted in (name, f"rtx {name}"):
@@ -80,6 +80,12 @@ def find_gpu(name: str) -> Gpu:
         where="--gpu",
         remedy=f"nearest: {', '.join(nearest_names(name))}; or add a row to a CSV file named in CHARKHA_GPUS",
     )
+
+
+@cache
+def _by_key(cards: tuple[Gpu, ...]) -> dict[str, Gpu]:
+    """Cards by every name of theirs, the first of a name before later ones."""
+    return {_key(alias): gpu for gpu in reversed(cards) for alias in (gpu.name, *gpu.aliases)}
 
 
 def nearest_names(name: str, count: int = 4) -> list[str]:

@@ -83,12 +83,14 @@ def wall_watts(machine: Machine) -> float:
     return (cards + BASE_POWER_W.get(kind, 100.0)) / SUPPLY_EFFICIENCY
 
 
-def run_cost(machine: Machine, seconds: float, *, currency: str, electricity_per_kwh: float) -> Cost:
-    """Energy and money of `seconds` of training on `machine`."""
-    watts = wall_watts(machine)
+def run_cost(machine: Machine, seconds: float, *, currency: str, electricity_per_kwh: float, machines: int = 1) -> Cost:
+    """Energy and money of `seconds` of training on `machine`, or on so many like it."""
+    watts = machines * wall_watts(machine)
     energy = watts * seconds / 3.6e6
-    offer = cheapest_rental(machine.gpu, currency) if machine.gpu else None
-    rent = None if offer is None else offer.per_hour * len(machine.gpus) * seconds / 3600
+    offers = {gpu.name: cheapest_rental(gpu, currency) for gpu in dict.fromkeys(machine.gpus)}
+    known = {name: offer for name, offer in offers.items() if offer is not None}
+    offer = next(iter(known.values())) if known and len(known) == len(offers) else None  # where every card is offered
+    rent = machines * sum(known[gpu.name].per_hour for gpu in machine.gpus) * seconds / 3600 if offer else None
     return Cost(
         currency=currency,
         wall_w=watts,

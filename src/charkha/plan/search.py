@@ -231,20 +231,32 @@ def longest_that_fits(architecture: Architecture, settings: MemorySettings, mach
 
 
 def _longest(architecture: Architecture, fitting: list[Candidate], machine: Machine) -> Candidate:
-    """The longest rows, by halving, of the settings that need least when one row is long."""
-    most = min(architecture.max_positions or _LONGEST_LOOKED_AT, _LONGEST_LOOKED_AT)
-    single = dict.fromkeys(replace(one.settings, rows=1, tokens=min(8 * one.settings.tokens, most)) for one in fitting)
+    """The longest rows, by halving, of the settings that need least when one row is long and trained from end to end.
+
+    What of today's rows is trained says nothing of longer ones.
+    """
+    most, tokens = min(architecture.max_positions or _LONGEST_LOOKED_AT, _LONGEST_LOOKED_AT), fitting[0].settings.tokens
+    single = dict.fromkeys(_one_long_row(one.settings, min(8 * tokens, most)) for one in fitting)
     leanest = min(single, key=lambda one: evaluate(architecture, one, machine).memory.least)
-    base = replace(leanest, tokens=fitting[0].settings.tokens)
-    low, high = min(base.tokens, most), most
+
+    def of(length: int) -> Candidate:
+        return evaluate(architecture, replace(leanest, tokens=length), machine)
+
+    if of(most).fits:
+        return of(most)
+    if not of(min(tokens, most)).fits:  # rows as they are do, of which less is trained
+        return min(fitting, key=lambda one: one.memory.least)
+    low, high = min(tokens, most), most
     while high - low > max(64, low // 50):
         middle = (low + high) // 2
-        if evaluate(architecture, replace(base, tokens=middle), machine).fits:
-            low = middle
-        else:
-            high = middle
-    tokens = most if evaluate(architecture, replace(base, tokens=most), machine).fits else low - low % 64
-    return evaluate(architecture, replace(base, tokens=max(tokens, min(base.tokens, most))), machine)
+        low, high = (middle, high) if of(middle).fits else (low, middle)
+    return of(max(low - low % 64, min(tokens, most)))
+
+
+def _one_long_row(settings: MemorySettings, tokens: int) -> MemorySettings:
+    """The same batch, one row of that length at a time."""
+    accumulated = settings.rows * settings.accumulation_steps
+    return replace(settings, rows=1, accumulation_steps=accumulated, tokens=tokens, trained_positions=None)
 
 
 # Which config key says what a setting holds, and how.

@@ -52,6 +52,8 @@ def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) 
 
 def why_not_quantized(architecture: Architecture, settings: MemorySettings) -> str | None:
     """Why training refuses a resident base of that storage; None where it does not."""
+    if (settings.method, settings.quantization, settings.device) == ("dora", "int8", "cpu"):
+        return "PEFT's DoRA loses the scales of int8 weights on a CPU"
     if settings.quantization == "none" or architecture.experts is None or settings.experts_in_turn:
         return None
     return "this model's experts are 3-D parameters, which would stay whole"
@@ -92,9 +94,8 @@ def adapter_targets(architecture: Architecture, settings: MemorySettings) -> tup
     wanted = settings.target_modules
     if wanted == "all-linear":
         return architecture.linears
-    if isinstance(wanted, str):  # a regular expression over the whole name, as PEFT reads one string
-        path = f"{architecture.layers_path}.0."
-        return tuple(linear for linear in architecture.linears if re.fullmatch(wanted, path + linear.name))
+    if isinstance(wanted, str):
+        return tuple(linear for linear in architecture.linears if _adapted_layers(architecture, settings, linear))
     return tuple(linear for linear in architecture.linears if _is_named(linear.name, wanted))
 
 
@@ -127,12 +128,15 @@ def adapter_parameters(architecture: Architecture, settings: MemorySettings) -> 
         return settings.num_virtual_tokens * architecture.hidden_size
     targets = adapter_targets(architecture, settings)
     if settings.method == "ia3":
-        scales = (linear.inputs if linear.reads == "mlp_inner" else linear.outputs for linear in targets)
-        return architecture.layers * sum(scales)
+        return sum(
+            len(_adapted_layers(architecture, settings, linear))
+            * (linear.inputs if linear.reads == "mlp_inner" else linear.outputs)
+            for linear in targets
+        )
     ranks = ((linear, _ranks_of_all_layers(architecture, settings, linear)) for linear in targets)
     in_layers = sum(rank * (linear.inputs + linear.outputs) for linear, rank in ranks)
     if settings.method == "dora":
-        in_layers += _adapted_layers(architecture, settings) * sum(linear.outputs for linear in targets)
+        in_layers += sum(len(_adapted_layers(architecture, settings, linear)) * linear.outputs for linear in targets)
     if adapts_experts(architecture, settings) and architecture.experts:
         experts = architecture.experts  # gate and up are one matrix of twice the rank
         one = (
@@ -143,20 +147,33 @@ def adapter_parameters(architecture: Architecture, settings: MemorySettings) -> 
     return in_layers + (settings.r * (architecture.hidden_size + architecture.vocab_size) if on_head else 0)
 
 
-def _adapted_layers(architecture: Architecture, settings: MemorySettings) -> int:
-    chosen = settings.layers_to_transform
-    return architecture.layers if chosen is None else len(chosen)
+def _adapted_layers(architecture: Architecture, settings: MemorySettings, linear: Linear) -> range | tuple[int, ...]:
+    """Numbers of the decoder layers in which that linear layer gets an adapter.
+
+    One string is a regular expression over the whole name, as PEFT reads it.
+    """
+    chosen: range | tuple[int, ...] = range(architecture.layers)
+    if settings.layers_to_transform is not None and settings.method != "ia3":
+        chosen = settings.layers_to_transform
+    wanted, path = settings.target_modules, architecture.layers_path
+    if not isinstance(wanted, str) or wanted == "all-linear":
+        return chosen
+    return _matching(wanted, path, linear.name, tuple(chosen[:LAYERS_LOOKED_AT]))
+
+
+@cache
+def _matching(pattern: str, path: str, name: str, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(number for number in numbers if re.fullmatch(pattern, f"{path}.{number}.{name}"))
 
 
 def _ranks_of_all_layers(architecture: Architecture, settings: MemorySettings, linear: Linear) -> int:
     """The ranks of that linear layer in every decoder layer with LoRA, added up."""
-    adapted = _adapted_layers(architecture, settings)
+    adapted = _adapted_layers(architecture, settings, linear)
     if not settings.rank_pattern:
-        return settings.r * adapted
-    numbers = settings.layers_to_transform or range(min(adapted, LAYERS_LOOKED_AT))
-    path = architecture.layers_path
-    ranks = [_rank(f"{path}.{number}.{linear.name}", settings.r, settings.rank_pattern) for number in numbers]
-    return sum(ranks) + settings.r * (adapted - len(ranks))
+        return settings.r * len(adapted)
+    path, first = architecture.layers_path, adapted[:LAYERS_LOOKED_AT]
+    ranks = [_rank(f"{path}.{number}.{linear.name}", settings.r, settings.rank_pattern) for number in first]
+    return sum(ranks) + settings.r * (len(adapted) - len(ranks))
 
 
 @cache
@@ -169,10 +186,9 @@ def largest_rank(architecture: Architecture, settings: MemorySettings, linear: L
     """Of that linear layer in any decoder layer: what a closed form of equal layers counts in all of them."""
     if not settings.rank_pattern:
         return settings.r
-    numbers = settings.layers_to_transform or range(min(architecture.layers, LAYERS_LOOKED_AT))
-    path = architecture.layers_path
+    numbers, path = _adapted_layers(architecture, settings, linear)[:LAYERS_LOOKED_AT], architecture.layers_path
     ranks = (_rank(f"{path}.{number}.{linear.name}", settings.r, settings.rank_pattern) for number in numbers)
-    return max(ranks, default=settings.r)  # of what a step takes beside its layers there is none
+    return max(ranks, default=settings.r)
 
 
 def saved_module_parameters(architecture: Architecture, settings: MemorySettings) -> int:

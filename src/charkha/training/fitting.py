@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from charkha.config import Config
 from charkha.errors import DoesNotFit
@@ -35,11 +36,25 @@ def fit_note(architecture: Architecture, planned: PlannedSettings, machine: Mach
     """What to say of a run that is begun with little room, or none by its plan."""
     if planned.way.fit in ("unknown", "roomy", "spare"):
         return None
+    candidate = planned.way.candidate
+    if candidate.device_fits and not candidate.host_fits:
+        host = format_bytes(host_memory_bytes(architecture, planned.settings, 0))
+        ram = format_bytes(machine.ram_bytes or 0)
+        return f"host memory is short: about {host} are needed, and this computer has {ram}"
     figures = _figures(architecture, planned.way, machine)
     if planned.way.fit == "bare":
         return f"memory is short: {figures}; that is less room than a plan may be off by"
     wrong = "a plan may be off by that much" if planned.way.fit == "near" else "by more than a plan is usually off by"
     return f"the plan says that this run does not fit: {figures}; {wrong}"
+
+
+def disk_note(record: Mapping[str, Any], machine: Machine) -> list[str]:
+    """What to say of a run whose `record` is of more than the disk has free: it is begun, for a disk can be cleared."""
+    needed, free = record.get("disk_bytes"), machine.disk_free_bytes
+    if needed is None or free is None or needed <= free:
+        return []
+    sizes = f"{format_bytes(needed)} by the plan, and {format_bytes(free)} are free"
+    return [f"the disk is short: the run writes {sizes}; a checkpoint that finds no room waits until there is some"]
 
 
 def _figures(architecture: Architecture, way: Way, machine: Machine) -> str:

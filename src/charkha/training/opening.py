@@ -34,7 +34,7 @@ from charkha.training.choices import (
 )
 from charkha.training.dataset import PreparedData, open_prepared
 from charkha.training.fallback import apply_fallbacks, fallbacks_note, without_hot_layers
-from charkha.training.fitting import fit_note, require_memory
+from charkha.training.fitting import disk_note, fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
 from charkha.training.placing import streaming_of, unplanned_streaming, written_streaming
@@ -96,7 +96,7 @@ def open_session(
     require_trackers(config.report_to)
     base_folder = find_base(config.model, loaded.folder)
     base_config, about_base = read_base_config(base_folder), base_facts(base_folder)
-    here = training_machine(loaded.folder)
+    here = training_machine(loaded.folder / config.output)
     chooser = Chooser(config, here.facts)
     architecture, unknown = _architecture(base_config)
     skeleton = build_skeleton(base_folder)
@@ -151,6 +151,7 @@ def open_session(
         *reasons,
         *([packing_note(packing, plan.batch_size)] if packing else ()),
         memory.sentence(),
+        *([] if run.exists else disk_note(memory.record, here.machine)),
         *fallbacks_note(run),
     ):
         observe({"event": "note", "text": text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from charkha.caches import SLABS, own_cache
 from charkha.config import Config
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
@@ -16,6 +17,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, fallbacks, host_has_room
+from charkha.plan.streamed import slab_bytes
 from charkha.training.planned_generation import generation_record
 from charkha.training.planned_streaming import streamed_plan
 from charkha.training.planned_trace import Traced
@@ -36,6 +38,7 @@ def plan_record(
     tokens = int(rows.mean * (rows.count or 0))
     host = host_memory_bytes(architecture, settings, tokens) + (allocated if settings.device == "cpu" else 0)
     disk = disk_bytes(architecture, settings, dataset_tokens=tokens, checkpoints_kept=config.checkpoint.keep)
+    disk -= _slab_already_there(architecture, settings, machine)
     seconds = run_seconds(config, architecture, machine, rows, found)
     record = {
         "fits": _fits(found, machine, allocated, host, disk),
@@ -90,6 +93,12 @@ def tokens_per_second(
     if rows.tokens is None or settings.tokens != rows.longest:
         return found.tokens_per_second
     return rows.tokens / epoch_seconds(architecture, settings, machine, rows, config.training.batch_size)
+
+
+def _slab_already_there(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int:
+    """Bytes of a streamed base that an earlier run or probe has laid out in this computer's cache, told by its size."""
+    slab = slab_bytes(architecture, settings) if settings.streamed and machine.here else 0
+    return slab if slab and any(path.stat().st_size == slab for path in own_cache().glob(SLABS)) else 0
 
 
 def _least(found: Candidate, allocated: int) -> int:
@@ -152,6 +161,7 @@ def with_time(
         seconds or 0.0,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
+        machines=1 + len(config.devices.hosts),
     )
     record |= {
         "tokens_per_second": round(tokens_per_second, 1),

@@ -25,7 +25,7 @@ from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_resident, why_not_streamed
-from charkha.plan.weights import why_not_quantized
+from charkha.plan.weights import adapts_experts, why_not_quantized
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
 from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
@@ -358,4 +358,6 @@ def _not_carried_out(config: Config, architecture: Architecture, settings: Memor
     refusal = None if settings.streamed else why_not_quantized(architecture, settings)
     if refusal is not None:
         said.append(f"model.quantization: {settings.quantization} is planned for, but training refuses it: {refusal}")
+    if adapts_experts(architecture, settings) and settings.lora_dropout > 0:
+        said.append("adapter.lora_dropout: training refuses any on this model's experts; use 0, or name target_modules")
     return said

@@ -72,7 +72,7 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
         from charkha.verbs.planned_probe import require_probe  # which imports NumPy, as no other plan needs
 
         require_probe(loaded, wish.gpus)
-    machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder)
+    machine = machine_of(wish.gpus) if wish.gpus else this_machine(loaded.folder / loaded.config.output)
     if wish.write_machine is not None:
         _write_machine(machine, wish.write_machine)
     base = find_shape(loaded)
@@ -295,6 +295,7 @@ def _short(
         seconds or 0.0,
         currency=config.cost.currency,
         electricity_per_kwh=config.cost.electricity_per_kwh,
+        machines=1 + len(config.devices.hosts),
     )
     memory: DeviceMemory = candidate.memory
     return {

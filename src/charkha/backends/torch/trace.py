@@ -24,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from charkha.backends.base import AdapterSpec, TraceRequest, TraceResult
 from charkha.caches import own_cache
 from charkha.errors import CharkhaError, EnvironmentProblem, UsageError
@@ -60,9 +62,15 @@ def trace_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceRe
 
 
 def remembered_memory(request: TraceRequest, *, cache: Path | None = None) -> TraceResult | None:
-    """The result of an earlier trace of the same request under the same libraries; None where there is none."""
-    stored = _stored(request, cache)
-    return result_from_json(json.loads(stored.read_text(encoding="utf-8"))) if stored.exists() else None
+    """The result of an earlier trace of the same request under the same libraries; None where there is none.
+
+    A file that a power cut has left empty, or that holds something else, is none: the step is traced again.
+    """
+    try:
+        text = _stored(request, cache).read_bytes()
+        return TypeAdapter(TraceResult).validate_json(text, strict=True)
+    except (OSError, ValidationError):
+        return None
 
 
 def _stored(request: TraceRequest, cache: Path | None) -> Path:
