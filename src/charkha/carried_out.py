@@ -11,7 +11,7 @@ CARRIED_OUT: dict[str, tuple[object, ...]] = {
     "data.format": ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "oasst", "text"),
     "training.objective": ("sft",),
     "training.init_from": (None,),
-    "training.gradient_checkpointing": ("auto", "none", "full", True, False),
+    "training.gradient_checkpointing": ("auto", "none", "full", "selective", True, False),
     "training.fused_kernels": ("auto", "none"),
     "training.early_stopping": (None,),
     "devices.strategy": ("auto", "single", "ddp"),

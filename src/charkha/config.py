@@ -52,7 +52,12 @@ class ModelSection(Section):
     placement: Literal["auto", "resident", "streamed"] = Field(
         "auto",
         description="resident holds the base on the device; streamed brings its layers one by one from host RAM or "
-        "disk, forward and again backward.",
+        "disk, forward and again backward; auto streams what does not fit.",
+    )
+    host_tables: Literal["auto", "none", "embedding", "both"] = Field(
+        "auto",
+        description="What of a streamed base stays on the host beside its layers: embedding, or both embedding and "
+        "head, which then passes through the device in blocks; auto takes what must for the rest to fit.",
     )
 
 
@@ -189,7 +194,9 @@ class TrainingSection(Section):
         "auto", description="Sequences in memory at once; the rest is accumulated. auto is the fastest that fits."
     )
     gradient_checkpointing: Literal["auto", "none", "full", "selective"] | bool = Field(
-        "auto", description="Recompute activations: less memory, a third more arithmetic; auto is none where that fits."
+        "auto",
+        description="Recompute activations: less memory, a third more arithmetic; selective keeps what attention's "
+        "kernel gives; auto is none where that fits.",
     )
     loss_head: Literal["auto", "full", "chunked"] = Field(
         "auto", description="full: all logits of a micro batch at once; chunked: a few; auto is the faster that fits."

@@ -37,7 +37,7 @@ GRID = [
         (("16M", (128, 128)), ("16M", (128, 90, 33)), ("55M", (256, 256))),
         (("full", "none"), ("lora", "none"), ("dora", "none"), ("lora", "nf4")),
         ("bf16", "fp32"),
-        ("none", "full"),
+        ("none", "full", "selective"),
     )
 ]
 OTHERS = [

@@ -23,18 +23,29 @@ def deterministic_cuda(monkeypatch, tmp_path):
     torch.use_deterministic_algorithms(False)
 
 
-def steps(folder: Path, streaming: Any, prepare: Callable[[Any], None] = lambda engine: None) -> list[Any]:
+def steps(
+    folder: Path,
+    streaming: Any,
+    prepare: Callable[[Any], None] = lambda engine: None,
+    *,
+    quantization: str = "nf4",
+    targets: Any = "all-linear",
+    selective: bool = False,
+) -> list[Any]:
     """Losses and gradients of three steps, and logits without gradients."""
     import torch
+    from trl.models import enable_selective_activation_checkpointing
 
     from charkha.backends.base import AdapterSpec, BaseModelSpec
     from charkha.backends.torch.adapters import attach_adapter
     from charkha.backends.torch.model import load_base
     from charkha.backends.torch.streamed_model import engine_of
 
-    base = load_base(BaseModelSpec(folder, "bf16", "sdpa", "nf4", "cuda", streaming))
+    base = load_base(BaseModelSpec(folder, "bf16", "sdpa", quantization, "cuda", streaming))
+    if selective:
+        enable_selective_activation_checkpointing(base)
     torch.manual_seed(1)
-    model = attach_adapter(base, AdapterSpec("lora", 4, 8, 0.1, "all-linear"), True)
+    model = attach_adapter(base, AdapterSpec("lora", 4, 8, 0.1, targets), True)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     if streaming is not None:
@@ -90,3 +101,54 @@ def test_copies_that_come_late_are_waited_for(model_folder):
     folder = model_folder("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=688)
     streamed = steps(folder, Streaming(2, 0, "ram"), slow)
     assert all(torch.equal(left, right) for left, right in zip(steps(folder, None), streamed, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none", "fp4"])
+def test_every_storage_streams_bit_for_bit(model_folder, quantization):
+    """int8 is where what is multiplied is made from two tensors of the slab, of which one is small."""
+    from charkha.backends.base import Streaming
+
+    folder = model_folder("llama", num_hidden_layers=6, hidden_size=256, intermediate_size=688)
+    assert_same(steps(folder, None, quantization=quantization), steps(folder, Streaming(), quantization=quantization))
+
+
+@pytest.mark.parametrize("expert_slots", [0, 2])
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_experts_stream_bit_for_bit(model_folder, monkeypatch, tier, expert_slots):
+    from charkha.backends.base import Streaming
+
+    monkeypatch.setenv("CHARKHA_STREAMING_DEBUG", "1")
+    folder = model_folder("mixtral", num_hidden_layers=4, hidden_size=256, intermediate_size=176)
+    targets = ("q_proj", "v_proj")
+    assert_same(
+        steps(folder, None, quantization="none", targets=targets),
+        steps(folder, Streaming(2, 1, tier, expert_slots=expert_slots), quantization="none", targets=targets),
+    )
+
+
+def test_an_embedding_on_the_host_changes_no_bit_and_a_head_only_rounding(model_folder):
+    import torch
+
+    from charkha.backends.base import Streaming
+
+    folder = model_folder("llama", num_hidden_layers=4, hidden_size=256, intermediate_size=688)
+    resident = steps(folder, None)
+    assert_same(resident, steps(folder, Streaming(embedding_on_host=True)))
+    both = steps(folder, Streaming(embedding_on_host=True, head_on_host=True))
+    assert all(torch.allclose(left, right, rtol=0.05, atol=0.05) for left, right in zip(resident, both, strict=True))
+
+
+def test_selective_checkpointing_changes_no_bit(model_folder):
+    from charkha.backends.base import Streaming
+
+    folder = model_folder("llama", num_hidden_layers=4, hidden_size=256, intermediate_size=688)
+    full = steps(folder, None)
+    assert_same(full, steps(folder, None, selective=True))
+    assert_same(full, steps(folder, Streaming(), selective=True))
+
+
+def assert_same(left: list[Any], right: list[Any]) -> None:
+    import torch
+
+    assert len(left) == len(right)
+    assert all(torch.equal(one, other) for one, other in zip(left, right, strict=True))

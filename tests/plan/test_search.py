@@ -12,6 +12,7 @@ from charkha.plan.architecture import read_architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
 from charkha.plan.search import evaluate, fallbacks, machines_that_fit, propose, variations
+from charkha.training.fallback import _changed, _Step
 
 LLAMA_8B = read_architecture(popular_config("meta-llama/Llama-3.1-8B"))
 LLAMA_70B = read_architecture(popular_config("meta-llama/Llama-3.1-70B"))
@@ -63,6 +64,15 @@ def test_nothing_is_proposed_where_nothing_fits() -> None:
 def test_whole_copies_are_tried_before_shards() -> None:
     strategies = [one.strategy for one in variations(QLORA, machine("RTX 4090", 2))]
     assert {"ddp", "fsdp", "single"} == set(strategies)
+
+
+def test_when_memory_runs_out_selective_checkpointing_gives_way_to_a_full_one() -> None:
+    asked = dataclasses.replace(QLORA, selective=True, gradient_checkpointing=True)
+    steps = [step for step in fallbacks(asked) if "training.gradient_checkpointing" in step]
+    assert steps == [{"training.gradient_checkpointing": "full"}]
+    now = _Step(micro_batch_size=1, gradient_checkpointing=True, selective=True)
+    assert _changed(now, steps[0]) == dataclasses.replace(now, selective=False)
+    assert _changed(now, {"training.loss_head": "chunked"}).selective
 
 
 def test_selective_checkpointing_is_looked_at_only_where_it_was_asked_for() -> None:

@@ -39,7 +39,6 @@ def test_frozen_weights_take_four_operations_a_weight_and_recomputing_two_more()
         ({"attention": "eager"}, {"attention": "sdpa"}),
         ({"method": "full", "quantization": "none"}, {"quantization": "none"}),
         ({"upcast_unquantized": True}, {}),
-        ({"streamed": True, "rows": 1, "tokens": 128}, {"rows": 1, "tokens": 128}),
         ({"strategy": "fsdp", "processes": 2, "rows": 1, "tokens": 128}, {"rows": 1, "tokens": 128}),
     ],
 )

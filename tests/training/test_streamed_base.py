@@ -52,6 +52,29 @@ def test_stopped_and_resumed_ends_as_the_resident_run(project, model_folder):
     assert undisturbed.peak_memory_bytes - streamed.peak_memory_bytes == pytest.approx(saved, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("gemma3_text", "both"),  # tied, which loading draws random numbers for
+        pytest.param("llama", "both", marks=pytest.mark.long),
+        pytest.param("llama", "embedding", marks=pytest.mark.long),
+    ],
+)
+def test_tables_on_the_host_train_the_same_adapter_over_a_pause(project, model_folder, kind, tables):
+    work = project(model_folder(kind), model={"quantization": "nf4"}, training={"max_steps": 3}, data={"eval": None})
+    _, before = work.train(STREAMED, "model.host_tables=none", "training.loss_head=chunked", output="device")
+    first, seen = work.train(STREAMED, f"model.host_tables={tables}", output="host", stop_at=1)
+    assert first.status == "paused"
+    _, rest = work.train(STREAMED, output="host")  # auto on the command line; the run knows where they were
+    found = losses([*seen, *rest])
+    assert found.keys() == losses(before).keys()
+    assert found == pytest.approx(losses(before), rel=1e-5)  # a head in blocks adds up in another order
+    assert (json.loads((work.run_folder("host") / "plan.json").read_text()))["streaming"]["host_tables"] == tables
+    held = work.weights("host")
+    for name, weight in work.weights("device").items():
+        assert (held[name] - weight).abs().max() < 1e-3 * weight.abs().max()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3_text", "falcon"])
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
@@ -75,13 +98,53 @@ def test_every_family_and_method_through_the_trainer(project, model_folder, monk
     assert all_equal(work.weights("streamed"), work.weights("resident"))
 
 
+# Of shapes that bf16 products of experts can take.
+KINDS = {
+    "llama": {"num_hidden_layers": LAYERS},
+    "mixtral": {"num_hidden_layers": LAYERS, "intermediate_size": 176},
+    "qwen3_moe": {
+        "num_hidden_layers": LAYERS,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+}
+ON_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_dropout": 0.0}
+
+
 @pytest.mark.long
-def test_eval_chat_and_merge_of_a_streamed_run_are_those_of_a_resident_one(project, model_folder):
+@pytest.mark.parametrize(
+    ("kind", "model", "adapter"),
+    [
+        ("mixtral", {"quantization": "none", "dtype": "bf16"}, ON_ATTENTION),
+        ("qwen3_moe", {"quantization": "none"}, ON_ATTENTION),
+        ("llama", {"quantization": "int8", "dtype": "bf16"}, {}),
+        ("llama", {"quantization": "fp4"}, {}),
+    ],
+)
+def test_experts_and_other_storages_too_over_a_pause(project, model_folder, kind, model, adapter):
+    work = project(model_folder(kind, **KINDS[kind]), model=model, adapter=adapter)
+    _, before = work.train(RESIDENT, output="resident")
+    _, seen = work.train(STREAMED, output="streamed", stop_at=3)
+    _, rest = work.train(STREAMED, output="streamed")
+    assert losses([*seen, *rest]) == losses(before)
+    assert all_equal(work.weights("streamed"), work.weights("resident"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "quantization", "adapter"),
+    [("llama", "nf4", {}), ("llama", "int8", {}), ("mixtral", "none", ON_ATTENTION)],
+)
+def test_eval_chat_and_merge_of_a_streamed_run_are_those_of_a_resident_one(
+    project, model_folder, kind, quantization, adapter
+):
     from charkha.chatting import Conversation
     from charkha.evaluation import evaluate_run, open_run
     from charkha.verbs.merging import merge_run
 
-    work = project(model_folder("llama", num_hidden_layers=LAYERS), model={"quantization": "nf4"})
+    work = project(model_folder(kind, **KINDS[kind]), model={"quantization": quantization}, adapter=adapter)
     work.train(RESIDENT, output="resident")
     work.train(STREAMED, output="streamed")
     answers = {}

@@ -82,7 +82,8 @@ def test_without_a_tokenizer_rows_count_as_max_length_and_that_is_said(workshop:
 
 
 def test_what_does_not_fit_is_printed_whole_with_exit_code_3(workshop: Path) -> None:
-    record = plan(workshop, "--gpu", "rtx 3050", "--set", "model.quantization=none", code=3)
+    resident = ("--set", "model.placement=resident", "--set", "model.quantization=none")
+    record = plan(workshop, "--gpu", "rtx 3050", *resident, code=3)
     assert record["fits"] is False
     assert set(record) >= KEYS
     others = record["alternatives"][-1]

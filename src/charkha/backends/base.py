@@ -19,11 +19,12 @@ class Streaming:
     """How a frozen base passes through the device layer by layer; see backends/torch/streaming.py."""
 
     slots: int = 2  # buffers of one layer each that the other layers take turns in
-    hot_layers: int = 0  # the first layers stay on the device, as many as fit
+    hot_layers: int = 0  # stay on the device, spread evenly over the base
     tier: Literal["auto", "ram", "disk"] = "auto"  # where the layers wait; a CPU always reads them from the disk
     expert_slots: int = 0  # buffers of one expert each; 0: as many as a gigabyte holds, at most a layer's
     embedding_on_host: bool = False  # only the rows in use go to the device; a tied table stays with its head
     head_on_host: bool = False  # passes through the device in blocks; a tied embedding is then on the host as well
+    expected_hidden_share: float | None = None  # of copying, by the plan; said beside what is measured
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class StepPlan:
     checkpoints_kept: int
     trainer: dict[str, Any]  # further SFTConfig arguments
     packing: Packing | None = None  # batch_size and micro_batch_size then count packed rows
+    selective: bool = False  # with gradient_checkpointing: what attention's kernel gives is kept and not made again
 
 
 class PeerGone(RuntimeError):

@@ -86,6 +86,8 @@ def _show(result: dict[str, Any]) -> None:
     memory.add_row("host memory", format_bytes(result["host_ram_bytes"]))
     memory.add_row("disk", format_bytes(result["disk_bytes"]))
     console.print(memory)
+    if result["streaming"] is not None:
+        console.print(_streaming_table(result["streaming"]))
     console.print(_run_table(result, format_seconds))
     if result.get("probe") and result["probe"]["corrected"]:
         console.print(_probe_table(result["probe"]))
@@ -108,6 +110,25 @@ def _generation(told: dict[str, Any], format_bytes: Any) -> str:
     ]
     cache = format_bytes(told["kv_cache_bytes_1000_tokens"])
     return f"chat at {told['tokens']} tokens: {', '.join(parts)}; {cache} of it per 1000 tokens"
+
+
+def _streaming_table(streaming: dict[str, Any]) -> Any:
+    from charkha.units import format_bytes
+
+    table, waits = new_table("the streamed base", ">"), "on the disk" if streaming["waits_in"] == "disk" else "in RAM"
+    stay = f"{streaming['hot_layers']} of {streaming['layers']}, and {streaming['slots']} slots"
+    table.add_row("layers that stay", stay)
+    table.add_row("slots and layers that stay", format_bytes(streaming["device_buffer_bytes"]))
+    table.add_row(f"the base, {waits}", format_bytes(streaming["slab_bytes"]))
+    table.add_row("RAM that is enough", format_bytes(streaming["enough_ram_bytes"]))
+    table.add_row("moved in a micro step", f"{streaming['moved_bytes_per_micro_step'] / 1e9:.1f} GB")
+    for speed in (streaming, *streaming["at_other_speeds"]):
+        hidden = f"{speed['hidden_share']:.0%} hidden, {speed['tokens_per_second']:,.0f} tokens/s"
+        free = "" if speed["free_from_tokens"] is None else f", all from {speed['free_from_tokens']:,} tokens"
+        # What this machine does is known or taken from a table; the source's first word says which.
+        mark = "" if speed is not streaming else f" ({streaming['bytes_per_second_source'].partition(':')[0]})"
+        table.add_row(f"at {speed['bytes_per_second'] / 1e9:.1f} GB/s{mark}", hidden + free)
+    return table
 
 
 def _run_table(result: dict[str, Any], format_seconds: Any) -> Any:

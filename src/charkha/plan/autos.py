@@ -17,6 +17,7 @@ from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, evaluate
+from charkha.plan.streamed import hot_layer_bytes, moved_bytes
 from charkha.units import format_bytes
 
 MICRO_BATCH, CHECKPOINTING = "training.micro_batch_size", "training.gradient_checkpointing"
@@ -32,6 +33,8 @@ _LARGEST_MICRO_BATCH = 1024  # of those looked at
 # roomy: with blocks of the allocator that longer rows outgrow, and the published error; spare: with the error alone;
 # bare: by the figures as they are; near: too much by less than the error; too_much: by more. unknown: no limit known.
 Fit = Literal["roomy", "spare", "bare", "near", "too_much", "unknown"]
+FITTING: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare")
+WITH_ROOM: tuple[Fit, ...] = ("unknown", "roomy", "spare")
 _ORDER: tuple[Fit, ...] = ("unknown", "roomy", "spare", "bare", "near", "too_much")
 
 
@@ -50,6 +53,7 @@ class Way:
     candidate: Candidate
     seconds: float
     fit: Fit
+    spare_bytes: int = 0  # of layers of a streamed base that stay because there is room
 
     @property
     def settings(self) -> MemorySettings:
@@ -58,7 +62,7 @@ class Way:
     @property
     def needs(self) -> int:
         """Bytes that the device must have."""
-        return self.candidate.memory.least
+        return self.candidate.memory.least - self.spare_bytes
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,27 @@ class Picked:
 
 
 def pick(
-    architecture: Architecture, settings: MemorySettings, free: Free, machine: Machine, rows: Rows, batch_size: int
+    architecture: Architecture,
+    settings: MemorySettings,
+    free: Free,
+    machine: Machine,
+    rows: Rows,
+    batch_size: int,
+    completed: Callable[[MemorySettings], MemorySettings] = lambda way: way,
 ) -> Picked:
     """The fastest way that fits with room to spare, or with as much as there is; else the one that needs least.
 
     Only keys in `free` differ from `settings`; batch and rows are the same in all. Of ways that are as fast as one
-    another the one that computes nothing twice is taken, then the one that needs least.
+    another the one that computes nothing twice is taken, then the one that streams least, then the one that needs
+    least. `completed` decides what else a way holds (the layers of a streamed base that stay).
     """
 
-    def judged(candidate: MemorySettings) -> Way:
+    def judged(way: MemorySettings) -> Way:
+        candidate = completed(way)
         found = evaluate(architecture, candidate, machine)
-        return Way(found, epoch_seconds(architecture, candidate, machine, rows, batch_size), fit_of(found))
+        seconds = epoch_seconds(architecture, candidate, machine, rows, batch_size)
+        stays = hot_layer_bytes(architecture, candidate) * candidate.streamed_resident_layers
+        return Way(found, seconds, _fit_of_way(found), stays)
 
     found = [judged(way) for way in ways(settings, free, rows, batch_size)]
     usual = [way for way in found if way.settings.optimizer != SMALL_OPTIMIZER or OPTIMIZER not in free.keys]
@@ -92,21 +106,29 @@ def pick(
     else:
         slowest = _AS_FAST * min(way.seconds for way in equal)
         as_fast = [way for way in equal if way.seconds <= slowest]
-        taken = min(as_fast, key=lambda way: (way.settings.gradient_checkpointing, way.needs))
+        taken = min(
+            as_fast,
+            key=lambda way: (way.settings.gradient_checkpointing, _streamed_bytes(architecture, way), way.needs),
+        )
     return Picked(taken, _reasons(taken, found, free, judged))
+
+
+def _streamed_bytes(architecture: Architecture, way: Way) -> int:
+    """Copied in an optimizer step; nothing of a resident base."""
+    settings = way.settings
+    return settings.accumulation_steps * moved_bytes(architecture, settings) if settings.streamed else 0
 
 
 def ways(settings: MemorySettings, free: Free, rows: Rows, batch_size: int) -> Iterator[MemorySettings]:
     """Every combination of what is free; the rest as it stands in `settings`."""
     per_device = max(1, batch_size // settings.processes)
-    own_loss = settings.loss_kernel == "own"  # a loss of the model's own has no chunks
     optimizers = [USUAL_OPTIMIZER]
     if settings.is_full and settings.device == "cuda" and free.small_optimizer:
         optimizers.append(SMALL_OPTIMIZER)
     choices: dict[str, list[Any]] = {
         MICRO_BATCH: divisors(per_device),
         CHECKPOINTING: [True] if settings.streamed else [False, True],
-        LOSS_HEAD: ["full", "chunked"] if own_loss else ["full"],
+        LOSS_HEAD: _loss_heads(settings),
         OPTIMIZER: optimizers,
     }
     fields = {MICRO_BATCH: "rows", CHECKPOINTING: "gradient_checkpointing", LOSS_HEAD: "loss_head"}
@@ -115,6 +137,13 @@ def ways(settings: MemorySettings, free: Free, rows: Rows, batch_size: int) -> I
     for values in product(*(choices[key] for key in open_keys)):
         changed = replace(settings, **{fields[key]: value for key, value in zip(open_keys, values, strict=True)})
         yield with_rows(changed, changed.rows, rows, batch_size)
+
+
+def _loss_heads(settings: MemorySettings) -> list[str]:
+    """A loss of the model's own has no chunks; a head on the host has nothing else."""
+    if settings.loss_kernel != "own":
+        return ["full"]
+    return ["chunked"] if settings.host_tables == "both" else ["full", "chunked"]
 
 
 def with_rows(settings: MemorySettings, size: int, rows: Rows, batch_size: int) -> MemorySettings:
@@ -130,6 +159,12 @@ def with_rows(settings: MemorySettings, size: int, rows: Rows, batch_size: int) 
 def divisors(batch: int) -> list[int]:
     """Sizes that fill every micro batch of a step equally."""
     return [size for size in range(1, min(batch, _LARGEST_MICRO_BATCH) + 1) if batch % size == 0]
+
+
+def _fit_of_way(candidate: Candidate) -> Fit:
+    """Of a streamed base a larger micro batch is worth more than room for blocks that the allocator can give back."""
+    fit = fit_of(candidate)
+    return "spare" if candidate.settings.streamed and fit == "roomy" else fit
 
 
 def fit_of(candidate: Candidate) -> Fit:
@@ -170,7 +205,8 @@ def _why_rows(taken: Way, found: list[Way]) -> str:
 
 
 def _beside_rows(settings: MemorySettings) -> MemorySettings:
-    return replace(settings, rows=1, accumulation_steps=1, trained_positions=None)
+    shape = replace(settings, rows=1, accumulation_steps=1, trained_positions=None)
+    return replace(shape, streamed_slots=2, streamed_resident_layers=0)  # as many as there is room for
 
 
 def _compared(other: Way, taken: Way) -> str:
@@ -193,6 +229,8 @@ def _why_checkpointing(taken: Way, judged: Callable[[MemorySettings], Way]) -> s
 def _why_head(taken: Way, judged: Callable[[MemorySettings], Way]) -> str:
     if taken.settings.loss_kernel != "own":
         return "the model's own loss runs, which has no chunks"
+    if taken.settings.host_tables == "both":
+        return "a head on the host passes through the device in blocks"
     other = judged(replace(taken.settings, loss_head="chunked" if taken.settings.loss_head == "full" else "full"))
     full, chunked = (taken, other) if taken.settings.loss_head == "full" else (other, taken)
     return f"{format_bytes(full.needs)} with all logits, {format_bytes(chunked.needs)} in chunks{_of(taken, ', ')}"

@@ -12,7 +12,8 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.memory import MemoryPreview
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.optimizer_memory import optimizer_memory
-from charkha.plan.weights import adapter_parameters, base_weight_bytes, layer_weight_bytes, trainable_parameters
+from charkha.plan.streamed import slab_bytes, table_weights, waiting_bytes
+from charkha.plan.weights import adapter_parameters, base_weight_bytes, trainable_parameters
 
 _GIB = 2**30
 CONTEXT_BYTES = int(0.45 * _GIB)  # driver, kernels and libraries of one process, outside the allocator
@@ -108,8 +109,9 @@ def host_memory_bytes(architecture: Architecture, settings: MemorySettings, data
         kept = architecture.layers * settings.positions * architecture.hidden_size * settings.residual_bytes
         total += settings.processes * kept
     if settings.streamed:
-        cold = max(0, architecture.layers - 2 - settings.streamed_resident_layers)
-        total += cold * layer_weight_bytes(architecture, settings)
+        total += waiting_bytes(architecture, settings)
+        if settings.device == "cuda":  # a map of the base's files, which must be cached not to be read in every step
+            total += settings.base_bytes * table_weights(architecture, settings)
     return total
 
 
@@ -123,8 +125,11 @@ def checkpoint_bytes(architecture: Architecture, settings: MemorySettings) -> in
 def disk_bytes(
     architecture: Architecture, settings: MemorySettings, *, dataset_tokens: int, checkpoints_kept: int
 ) -> int:
-    """What the run writes: checkpoints (one more than is kept, while it is being written), tokens, adapter or model."""
+    """What the run writes: checkpoints (one more than is kept, while it is being written), tokens, adapter or model,
+    and the slab of a streamed base, which other runs of the same base use too.
+    """
     final = adapter_parameters(architecture, settings) * FULL_BYTES
     if settings.is_full:
         final = architecture.parameters * (HALF_BYTES if settings.is_narrow else FULL_BYTES)
-    return (checkpoints_kept + 1) * checkpoint_bytes(architecture, settings) + 5 * dataset_tokens + final
+    slab = slab_bytes(architecture, settings) if settings.streamed else 0
+    return (checkpoints_kept + 1) * checkpoint_bytes(architecture, settings) + 5 * dataset_tokens + final + slab

@@ -110,7 +110,7 @@ def shape_of(
 
 def planner_fingerprint() -> str:
     """A hash of the source that plans time: what another version planned says nothing about this one's error."""
-    names = ("speed.py", "measured_time.py", "schedule.py")
+    names = ("speed.py", "streamed.py", "streamed_time.py", "measured_time.py", "schedule.py")
     return _hash(b"".join(Path(__file__).with_name(name).read_bytes() for name in names))
 
 

@@ -9,6 +9,7 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, LossKernel, MemorySettings
 
 CHUNK_BYTES = 64 * 2**20  # fp32 logits of one chunk, as backends/torch/loss.py cuts them
+LEAST_BLOCK_ROWS = 256  # of a head on the host, in one block
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def with_the_loss_that_runs(settings: MemorySettings, architecture: Architecture
 def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     """What final norm, head and loss keep and need."""
     width = layer_memory(architecture, settings).stream_width
+    if settings.streamed and settings.host_tables == "both":
+        return _in_blocks(architecture, settings, width)
     if settings.loss_head == "chunked":
         return _chunked(architecture, settings, width)
     return _whole(architecture, settings, width)
@@ -112,6 +115,30 @@ def _one_chunk(architecture: Architecture, settings: MemorySettings, trained_mat
     narrow = HALF_BYTES if width == HALF_BYTES else 0  # the exponential in the head's type
     before = FULL_BYTES + narrow if settings.loss_positions > rows else 0
     return max(logits * (3 * FULL_BYTES + before), logits * (2 * FULL_BYTES + narrow) + FULL_BYTES * trained_matrix)
+
+
+def _in_blocks(architecture: Architecture, settings: MemorySettings, width: int) -> HeadMemory:
+    """A head that is on the host: blocks of the vocabulary for all positions, as backends/torch/head_loss.py has them.
+
+    Of a block there are the logits in fp32 beside those of the products, the exponential or the slope; a softcap's
+    own slope beside both. A block's weights are there, and the next one's, but where a CPU reads them in the file.
+    """
+    positions, hidden = settings.loss_positions, architecture.hidden_size
+    rows = min(architecture.vocab_size, max(LEAST_BLOCK_ROWS, CHUNK_BYTES // (FULL_BYTES * max(1, positions))))
+    at_once = 3 if architecture.logit_softcap else 2
+    inside = positions * rows * FULL_BYTES * at_once
+    copied = settings.device == "cuda" or settings.casts_tables
+    weights = min(2 * rows, architecture.vocab_size) * hidden * settings.activation_bytes if copied else 0
+    entering = positions * hidden * width
+    narrowed = positions * hidden * settings.activation_bytes if width != settings.activation_bytes else 0
+    gradient = positions * hidden * width
+    return HeadMemory(
+        saved=_final_norm(architecture, settings, width),
+        logits=0,
+        loss_forward=entering + narrowed + positions * hidden * FULL_BYTES + max(inside + weights, gradient),
+        loss_backward=gradient,
+        head_backward=gradient + settings.positions * hidden * width,
+    )
 
 
 def _final_norm(architecture: Architecture, settings: MemorySettings, width: int) -> int:

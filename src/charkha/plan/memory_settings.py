@@ -9,6 +9,7 @@ FULL_BYTES = 4  # fp32: trained weights, gradients, optimizer states, the loss
 HALF_BYTES = 2  # bf16 and fp16
 
 Method = Literal["full", "lora", "dora", "ia3", "prompt_tuning", "norms"]
+HostTables = Literal["none", "embedding", "both"]
 Strategy = Literal["single", "ddp", "fsdp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
 # Whose loss runs. own: ours, which makes logits where a token is trained; transformers: over every position inside
 # the model's forward; in_place: a kernel that turns fp32 logits into their gradient (Unsloth's and its descendants);
@@ -79,7 +80,11 @@ class MemorySettings:
     workspace_bytes: int = 32 * 2**20  # what torch gives cuBLAS on Hopper, once; older GPUs get about 8 MiB
     held_out: tuple[HeldOutBatch, ...] = ()  # the largest batches of the held-out loss; none where nothing is held out
     streamed: bool = False  # the frozen base comes layer by layer from host memory or disk
-    streamed_resident_layers: int = 0
+    streamed_resident_layers: int = 0  # of it, those that stay on the device
+    streamed_slots: int = 2  # buffers of one layer each that the others take turns in
+    streamed_from: Literal["ram", "disk"] = "ram"  # where the others wait
+    host_tables: HostTables = "none"  # of a streamed base; only the rows in use, and blocks of the head, are brought
+    casts_tables: bool = False  # whether the base's files have them in another type
 
     def cut_to(self, tokens: int) -> MemorySettings:
         """The same with no row longer than that, trained or held out."""

@@ -9,6 +9,7 @@ from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.rows import Rows
 from charkha.plan.speed import step_time
+from charkha.plan.streamed_time import streamed_step_time
 
 
 def epoch_seconds(
@@ -27,7 +28,7 @@ def epoch_seconds(
         shape = replace(settings, rows=max(1, round(batches.positions / tokens)), tokens=tokens, trained_positions=None)
         full = shape.rows * tokens
         shape = replace(shape, trained_positions=max(1, round(share * shape.positions)))
-        time = step_time(architecture, shape, machine.gpu, cpu_flops=machine.cpu_flops)
+        time = streamed_step_time(architecture, shape, machine)
         seconds += batches.count * time.micro_batch_seconds * batches.positions / full
     optimizer = step_time(architecture, settings, machine.gpu, cpu_flops=machine.cpu_flops).optimizer_seconds
     return seconds / settings.processes + rows.steps(batch_size) * optimizer

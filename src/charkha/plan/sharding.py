@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, MemorySettings
 from charkha.plan.optimizer_memory import OptimizerMemory, optimizer_memory
+from charkha.plan.streamed import streamed_base_bytes
 from charkha.plan.weights import (
     adapter_parameters,
     base_weight_bytes,
@@ -21,7 +22,6 @@ from charkha.plan.weights import (
     trainable_parameters,
 )
 
-_CODES_BYTES = FULL_BYTES * (16 + 256)  # of the 4-bit codes and of those of double quantization, for one matrix
 _LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters and max_reuse_distance
 
 
@@ -71,7 +71,7 @@ def _base(architecture: Architecture, settings: MemorySettings) -> int:
     if settings.is_deepspeed and settings.is_full:
         whole = settings.activation_bytes * architecture.parameters
     if settings.streamed:
-        return _streamed(architecture, settings, whole)
+        return streamed_base_bytes(architecture, settings)
     if not settings.shards_parameters:
         return whole
     _, constants = quantized_layer_bytes(architecture, settings)
@@ -79,19 +79,6 @@ def _base(architecture: Architecture, settings: MemorySettings) -> int:
     if "parameters" in settings.offload:
         return beside
     return (whole - beside) // settings.processes + beside
-
-
-def _streamed(architecture: Architecture, settings: MemorySettings, whole: int) -> int:
-    """Two slots that cold layers take turns in, layers that stay, and all that is no matrix of a layer.
-
-    What moves is a layer's matrices; the codes of 4 bits, which every matrix else has, are one pair for all layers.
-    """
-    codes, constants = quantized_layer_bytes(architecture, settings)
-    layer = codes + constants or settings.base_bytes * architecture.linear_weights
-    matrices = len(architecture.linears) + (3 * architecture.experts.count if architecture.experts else 0)
-    shared = _CODES_BYTES * matrices if settings.quantization in ("nf4", "fp4") else 0
-    held = min(architecture.layers, 2 + settings.streamed_resident_layers)
-    return whole - architecture.layers * layer + held * (layer - shared)
 
 
 def _states(trained: int, settings: MemorySettings, optimizer: OptimizerMemory) -> int:

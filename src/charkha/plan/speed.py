@@ -54,13 +54,14 @@ class StepTime:
     optimizer_seconds: float
     flops_per_token: float
     waits: bool = False  # whether the next operation is begun only when the last one is done
+    exposed_copy_seconds: float = 0.0  # of a streamed base, beyond what hides behind arithmetic; see streamed_time.py
 
     @property
     def micro_batch_seconds(self) -> float:
         """Forward and backward of one micro batch."""
         busy = self.products_seconds + self.attention_seconds + self.traffic_seconds + self.dequantization_seconds
         alone = busy + self.launch_seconds if self.waits else max(busy, self.launch_seconds)
-        return alone + self.communication_seconds
+        return alone + self.communication_seconds + self.exposed_copy_seconds
 
     def step_seconds(self, accumulation_steps: int) -> float:
         """One optimizer step."""
@@ -191,9 +192,6 @@ def _gathered_seconds(architecture: Architecture, settings: MemorySettings, gpu:
     passes = 2 + (1 if settings.gradient_checkpointing and not settings.is_full else 0)
     host = gpu.pcie_bytes_per_s * _LINK_SHARE
     seconds = 0.0
-    if settings.streamed:
-        cold = max(0, architecture.layers - 2 - settings.streamed_resident_layers)
-        seconds += 2.0 * cold * layer_weight_bytes(architecture, settings) / host
     if settings.processes == 1:
         return seconds
     link, others = gpu.link_bytes_per_s * _LINK_SHARE, (settings.processes - 1) / settings.processes

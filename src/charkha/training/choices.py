@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan, Streaming
+from charkha.backends.base import AdapterSpec, Dtype, Packing, StepPlan
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem, EnvironmentProblem
 from charkha.optimizers import BITSANDBYTES_OPTIMIZERS
@@ -117,13 +117,6 @@ class Chooser:
             raise _refused("adapter.method", "full", f"the base's files are stored in {stored}", "lora")
         return self._choose("model.quantization", stored, f"the base's files are stored in {stored}")
 
-    def streaming(self) -> Streaming | None:
-        """How the base is streamed; None where it is resident. How many layers stay is for a planner to say: none."""
-        asked = self._config.model.placement
-        if asked == "auto":
-            self._choose("model.placement", "resident", "the whole base is held on the device")
-        return Streaming() if asked == "streamed" else None
-
     def _flash_attention_missing(self, dtype: str) -> str | None:
         """Why FlashAttention 2 cannot be used here; None when it can (Ampere or newer, 16-bit types, package)."""
         if self._facts.device != "cuda":
@@ -204,7 +197,7 @@ class Chooser:
         asked = self._config.training.gradient_checkpointing
         if self._config.model.placement == "streamed":
             return self._checkpointing_of_streamed(asked)
-        if asked in ("full", True):
+        if asked in ("full", "selective", True):
             return True
         if asked in ("none", False):
             return False
@@ -283,6 +276,7 @@ class StepMemory:
     gradient_checkpointing: bool
     loss_head: str  # full | chunked
     optimizer: str
+    selective: bool = False  # with checkpointing: what attention's kernel gives is kept and not made again
 
 
 def step_plan(
@@ -311,6 +305,7 @@ def step_plan(
         gradient_checkpointing=memory.gradient_checkpointing,
         loss_head=memory.loss_head,
         optimizer=memory.optimizer,
+        selective=memory.selective,
         seed=training.seed,
         eval_steps=eval_steps,
         checkpoint_seconds=interval.seconds,

@@ -50,7 +50,8 @@ def next_fallback(run: RunFolder) -> dict[str, Any]:
     Raises TrainingFailed where none is left.
     """
     began = _read(run, "manifest.json")["plan"]
-    now = _changed(_Step(**{name: began[name] for name in _FIELDS.values() if name in began}), applied_fallbacks(run))
+    names = [field.name for field in dataclasses.fields(_Step)]
+    now = _changed(_Step(**{name: began[name] for name in names if name in began}), applied_fallbacks(run))
     for change in _planned(run, now):
         if _changed(now, change) != now:
             _record(run, change, now)
@@ -69,6 +70,7 @@ class _Step:
     micro_batch_size: int = 1
     gradient_checkpointing: bool = False
     loss_head: str = "full"
+    selective: bool = False
 
 
 def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
@@ -76,7 +78,8 @@ def _planned(run: RunFolder, now: _Step) -> list[dict[str, Any]]:
     planned = _read(run, "plan.json").get("fallbacks")
     if isinstance(planned, list):
         return planned
-    return list(fallback_steps(now.loss_head, now.gradient_checkpointing, now.micro_batch_size))
+    recomputes = now.gradient_checkpointing and not now.selective
+    return list(fallback_steps(now.loss_head, recomputes, now.micro_batch_size))
 
 
 def _changed(step: Step, changes: dict[str, Any]) -> Step:
@@ -85,7 +88,9 @@ def _changed(step: Step, changes: dict[str, Any]) -> Step:
     if "micro_batch_size" in values:
         values["micro_batch_size"] = max(1, min(int(values["micro_batch_size"]), step.micro_batch_size))
     if "gradient_checkpointing" in values:
-        values["gradient_checkpointing"] = values["gradient_checkpointing"] == "full" or step.gradient_checkpointing
+        recomputes = values["gradient_checkpointing"] == "full"
+        values["gradient_checkpointing"] = recomputes or step.gradient_checkpointing
+        values["selective"] = step.selective and not recomputes
     return dataclasses.replace(step, **values)
 
 

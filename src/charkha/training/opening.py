@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan, Streaming
+from charkha.backends.base import AdapterSpec, BaseModelSpec, StepPlan
 from charkha.backends.torch.base_config import read_base_config
 from charkha.backends.trackers import require_trackers
 from charkha.config import Config
@@ -36,6 +36,7 @@ from charkha.training.fallback import apply_fallbacks, fallbacks_note
 from charkha.training.fitting import fit_note, require_memory
 from charkha.training.machine import training_machine
 from charkha.training.packing_choice import choose_packing, packing_note
+from charkha.training.placing import streaming_of, unplanned_streaming, written_streaming
 from charkha.training.planned_settings import choose_model, chosen_step, fixed_values_note, planned_settings
 from charkha.training.preparing import prepare_data
 from charkha.training.preview import Preview, preview, without_figures
@@ -88,7 +89,7 @@ def open_session(
     Raises DoesNotFit for a new run that its plan says does not fit, unless `ignore_plan`.
     """
     from charkha.backends.torch.skeleton import attention_kernels, build_skeleton, require_fit
-    from charkha.backends.torch.streamed_model import require_streamable
+    from charkha.backends.torch.streamed_model import why_refused
 
     config = loaded.config
     require_trackers(config.report_to)
@@ -101,12 +102,12 @@ def open_session(
     parameters = architecture.parameters if architecture else about_base.parameters
     model = choose_model(config, chooser, here.machine, base_config, parameters, attention_kernels(skeleton))
     machine = here.machine.used_by(model.processes)
-    base = BaseModelSpec(
-        base_folder, model.dtype, model.attention, model.quantization, here.facts.device, model.streaming
-    )
+    base = BaseModelSpec(base_folder, model.dtype, model.attention, model.quantization, here.facts.device)
     adapter = adapter_spec(config)
-    if base.streaming is not None:
-        require_streamable(skeleton, base, adapter, model.processes)
+    refusal = why_refused(skeleton, base, adapter, model.processes)
+    if refusal is not None and config.model.placement == "streamed":
+        raise refusal
+    model = replace(model, cannot_stream=None if refusal is None else refusal.message)
     require_fit(skeleton, base, adapter)
     max_length = chooser.max_length(architecture.max_positions if architecture else about_base.positions)
     manifest = run.read_manifest() if run.exists else {}
@@ -126,10 +127,12 @@ def open_session(
     if architecture is None:
         chooser.simple_defaults()
         step = chosen_step(config, chooser, model, rows, parameters, about_base.vocabulary)
+        base = replace(base, streaming=unplanned_streaming(config, chooser))
         memory, reasons = without_figures(step, unknown), (fixed_values_note(unknown),)
     else:
         planned = planned_settings(config, chooser, model, architecture, machine, rows)
         step, short = planned.step, fit_note(architecture, planned, machine)
+        base = replace(base, streaming=streaming_of(architecture, planned.settings, machine))
         reasons = (*planned.reasons, *([short] if short else []))
         memory = preview(config, chooser, architecture, machine, rows, planned, base_config)
         if not run.exists and not ignore_plan:
@@ -239,6 +242,5 @@ def reopen(run: RunFolder) -> tuple[Config, BaseModelSpec, PreparedData]:
     if device != "cuda":
         dtype = "fp32" if dtype == "fp16" else dtype
         attention = "sdpa" if attention == "flash_attention_2" else attention
-    streaming = Streaming() if config.model.placement == "streamed" else None
-    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, device, streaming)
+    base = BaseModelSpec(base_folder, dtype, attention, config.model.quantization, device, written_streaming(config))
     return config, base, open_prepared(run.read_manifest()["data"], run.data, base_folder)

@@ -17,6 +17,7 @@ from charkha.plan.pace import epoch_seconds
 from charkha.plan.rows import Rows
 from charkha.plan.search import Candidate, fallbacks
 from charkha.training.planned_generation import generation_record
+from charkha.training.planned_streaming import streamed_plan
 from charkha.training.planned_trace import Traced
 from charkha.units import format_bytes
 
@@ -59,10 +60,12 @@ def plan_record(
         "settings": _settings_record(settings),
         "fallbacks": list(fallbacks(settings)),
     }
+    streamed = streamed_plan(architecture, found, machine, host)
+    record["streaming"] = streamed.record if streamed else None
     p90 = None if seconds is None else seconds * PUBLISHED_P90[settings.device]
     with_time(record, config, machine, seconds, p90, tokens_per_second(config, architecture, machine, rows, found))
     by = [f"method: closed_form ({trace.why_not})", *found.preview.notes] if trace.why_not else []
-    return {**record, "reasons": by}
+    return {**record, "reasons": [*by, *(streamed.reasons if streamed else ())]}
 
 
 def run_seconds(

@@ -10,25 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from charkha.backends.base import Dtype, Streaming
+from charkha.backends.base import Dtype
 from charkha.carried_out import CARRIED_OUT, unsupported
 from charkha.config import Config
 from charkha.errors import ConfigError, ConfigProblem
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import Architecture
-from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way, pick
+from charkha.plan.autos import CHECKPOINTING, LOSS_HEAD, MICRO_BATCH, OPTIMIZER, USUAL_OPTIMIZER, Free, Way
 from charkha.plan.base_checks import stored_quantization
-from charkha.plan.device_memory import DeviceMemory
 from charkha.plan.loss_memory import with_the_loss_that_runs
 from charkha.plan.memory_settings import MemorySettings, Method, Strategy
 from charkha.plan.packing_support import BY_MASK
+from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
+from charkha.plan.streamed import why_not_streamed
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
+from charkha.training.placing import PLACEMENT, streamed_note, take_tables
 
 _WORKSPACE_BEFORE_HOPPER = 2 * 8_519_680  # torch's default for cuBLAS and cuBLASLt, once each
 _OFFLOADS = ("optimizer", "parameters", "activations")
 _WITHOUT_SDPA = frozenset({"gemma2", "gpt_oss"})  # of the architectures covered, in transformers 5.23
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class ModelChoices:
     attention: str
     quantization: str
     processes: int
-    streaming: Streaming | None
     model_type: str  # as config.json has it
+    cannot_stream: str | None  # why its layers cannot be brought one by one; None where they can
+    is_cast: bool = False  # whether the base's files are said to have another type than `dtype`
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,26 @@ def choose_model(
     return ModelChoices(
         dtype=dtype,
         attention=chooser.attention(dtype, without if kernels is None else kernels),
-        quantization=chooser.quantization(stored_quantization(base_config)),
-        processes=_processes(config, chooser, machine),
-        streaming=chooser.streaming(),
+        quantization=(quantization := chooser.quantization(stored_quantization(base_config))),
+        processes=(processes := _processes(config, chooser, machine)),
         model_type=model_type,
+        cannot_stream=why_not_streamed(
+            base_config,
+            config.adapter.method,
+            quantization,
+            _targets(config),
+            processes=processes,
+            device=machine.device,
+        ),
+        is_cast=_written_dtype(base_config)
+        not in (None, {"bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32")),
     )
+
+
+def _written_dtype(base_config: Mapping[str, Any]) -> str | None:
+    """What config.json says of the type that weights are stored in, under its name of today or of old."""
+    written = base_config.get("dtype") or base_config.get("torch_dtype")
+    return written if isinstance(written, str) else None
 
 
 def planned_settings(
@@ -104,17 +124,26 @@ def planned_settings(
     chooser.simple_defaults()
     reasons: list[str] = []
     open_keys = _open_keys(config)
-    start = _placed_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
+    start = _shared_settings(config, model, architecture, machine, rows, _leanest(config, model), reasons)
     free = Free(open_keys, chooser.has_bitsandbytes())
-    picked = pick(architecture, start, free, machine, rows, config.training.batch_size)
-    settings = picked.way.settings
+    placed = place(config, architecture, start, free, machine, rows, model.cannot_stream)
+    picked, settings = placed.picked, placed.picked.way.settings
+    if placed.reason is not None:
+        chooser.take(PLACEMENT, "streamed" if settings.streamed else "resident", placed.reason)
+    take_tables(config, chooser, architecture, settings)
     for key, value in _values(settings).items():
         if key in open_keys:
             chooser.take(key, value, picked.reasons[key])
-    if model.streaming is not None:
+    if config.model.placement == "streamed":
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
+    if settings.streamed:
+        reasons.append(streamed_note(architecture, settings))
     step = StepMemory(
-        settings.rows, settings.gradient_checkpointing, settings.loss_head, chooser.optimizer(settings.optimizer)
+        settings.rows,
+        settings.gradient_checkpointing,
+        settings.loss_head,
+        chooser.optimizer(settings.optimizer),
+        settings.selective,
     )
     return PlannedSettings(settings, step, picked.way, (*reasons, *_not_carried_out(config)))
 
@@ -166,10 +195,11 @@ def chosen_step(
         gradient_checkpointing=chooser.gradient_checkpointing(rows.longest, parameters),
         loss_head=chooser.loss_head(micro, rows.longest, vocabulary),
         optimizer=chooser.optimizer(),
+        selective=config.training.gradient_checkpointing == "selective",
     )
 
 
-def _placed_settings(
+def _shared_settings(
     config: Config,
     model: ModelChoices,
     architecture: Architecture,
@@ -178,10 +208,9 @@ def _placed_settings(
     step: StepMemory,
     reasons: list[str],
 ) -> MemorySettings:
-    """The settings of that step, and how devices and host share it out; what was decided there goes to `reasons`."""
+    """The settings of that step, and how devices share it out; what was decided there goes to `reasons`."""
     settings = with_the_loss_that_runs(_settings(config, model, machine, rows, step), architecture)
-    settings = _shared_out(settings, config, architecture, machine, reasons)
-    return _placed(settings, architecture, machine, reasons)
+    return _shared_out(settings, config, architecture, machine, reasons)
 
 
 def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows, step: StepMemory) -> MemorySettings:
@@ -219,9 +248,9 @@ def _settings(config: Config, model: ModelChoices, machine: Machine, rows: Rows,
         num_virtual_tokens=adapter.num_virtual_tokens if adapter.method == "prompt_tuning" else 0,
         processes=model.processes,
         offload=_offload(config),
+        casts_tables=model.is_cast,
         workspace_bytes=_workspace(machine),
         held_out=rows.held_out,
-        streamed=model.streaming is not None and adapter.method != "full",
     )
 
 
@@ -295,32 +324,6 @@ def _shared_out(
 def _with_hooks(settings: MemorySettings) -> MemorySettings:
     """FSDP beside frozen weights as it was measured in published runs, which all had the hooks that keep inputs."""
     return replace(settings, hooks_keep_inputs=settings.strategy == "fsdp" and not settings.is_full)
-
-
-def _placed(
-    settings: MemorySettings, architecture: Architecture, machine: Machine, reasons: list[str]
-) -> MemorySettings:
-    """A streamed base with as many layers on the device as fit; on this computer none stay, as training does it."""
-    if not settings.streamed or machine.here:
-        return settings
-    resident = most_resident_layers(architecture, settings, machine)
-    reasons.append(f"model.placement: streamed ({resident} of {architecture.layers} layers stay on the device)")
-    return replace(settings, streamed_resident_layers=resident)
-
-
-def most_resident_layers(architecture: Architecture, settings: MemorySettings, machine: Machine) -> int:
-    """How many layers of a streamed base fit beside everything else."""
-    low, high = 0, architecture.layers - 2
-    while low < high:
-        middle = (low + high + 1) // 2
-        memory: DeviceMemory = evaluate(
-            architecture, replace(settings, streamed_resident_layers=middle), replace(machine, ram_bytes=None)
-        ).memory
-        if machine.gpu and memory.least <= machine.gpu.memory_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _not_carried_out(config: Config) -> list[str]:

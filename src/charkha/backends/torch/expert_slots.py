@@ -67,9 +67,9 @@ class ExpertSlots:
         self._entered = (-1, 0)  # unit and generation of the slot in use
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(int(b.numel()) for b in (*self._hot.values(), *(slot.buffer for slot in self._slots)))
+    def buffers(self) -> list[torch.Tensor]:
+        """The slots, and the experts of layers that stay."""
+        return [*self._hot.values(), *(slot.buffer for slot in self._slots)]
 
     @property
     def slot_count(self) -> int:

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional
 
 from charkha.backends.torch.host_tables import HostHead
+from charkha.plan.loss_memory import CHUNK_BYTES, LEAST_BLOCK_ROWS
 
-_CHUNK_BYTES = 64 << 20  # fp32 logits of one block
-_LEAST_ROWS = 256  # of the vocabulary at once
+_CHUNK_BYTES = CHUNK_BYTES  # fp32 logits of one block
+_LEAST_ROWS = LEAST_BLOCK_ROWS  # of the vocabulary at once
 
 
 class StreamedHeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch is not typed here
@@ -68,6 +69,7 @@ def _sums(
         logsum = torch.logaddexp(logsum, torch.logsumexp(logits, dim=-1))
         places, inside = _places(targets, first, len(weight))
         wanted += torch.where(inside, logits.gather(1, places[:, None]).squeeze(1), 0.0)
+        del logits  # before the next block's exist
     return logsum, wanted
 
 
@@ -83,13 +85,26 @@ def _gradient(
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for first, weight, bias in head.blocks(rows):
         logits = _logits(hidden, weight, bias, softcap)
-        slope = torch.exp(logits - logsum[:, None])
-        places, inside = _places(targets, first, len(weight))
-        slope.scatter_add_(1, places[:, None], -inside[:, None].to(slope.dtype))
-        if softcap:
-            slope *= 1 - (logits / softcap) ** 2
+        slope = _slope(logits, *_places(targets, first, len(weight)), softcap, logsum)
+        del logits
         total += slope.to(hidden.dtype) @ weight.to(hidden.dtype)
+        del slope  # before the next block's logits exist
     return total
+
+
+def _slope(
+    logits: torch.Tensor,
+    places: torch.Tensor,
+    inside: torch.Tensor,
+    softcap: float | None,
+    logsum: torch.Tensor,
+) -> torch.Tensor:
+    """The loss's gradient of a block's logits, in fp32."""
+    slope = (logits - logsum[:, None]).exp_()
+    slope.scatter_add_(1, places[:, None], -inside[:, None].to(slope.dtype))
+    if softcap:
+        slope *= (logits / softcap).square_().neg_().add_(1)
+    return slope
 
 
 def _places(targets: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,9 +46,14 @@ class CpuPeak:
         self.peak_bytes: int | None = None  # set when the window closes
 
     def __enter__(self) -> CpuPeak:
+        from charkha.backends.torch.streamed_model import engine_of
+
         # Kineto writes a line to stderr when profiling starts and when it ends; a level above its highest is silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        self._live_bytes = _live_bytes([*_model_tensors(self._model), *_optimizer_tensors(self._optimizer)])
+        engine = engine_of(self._model)
+        self._live_bytes = _live_bytes(
+            [*_model_tensors(self._model), *_optimizer_tensors(self._optimizer)], engine.buffers if engine else ()
+        )
         self._highest_bytes = self._live_bytes
         self._listen()
         return self
@@ -98,13 +103,19 @@ def _reported_sizes(events: Iterable[Any]) -> list[int]:
     return [size for _when, size in reports]
 
 
-def _live_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the tensors, those that share memory once. A view of a mapped file counts by its own size."""
+def _live_bytes(tensors: Iterable[torch.Tensor], held: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of the tensors, those that share memory once. A view of a mapped file counts by its own size.
+
+    `held` count whole, and for all tensors that are views into them.
+    """
+    whole: dict[int, int] = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     sizes: dict[int, int] = {}
     for tensor in tensors:
+        if tensor.untyped_storage().data_ptr() in whole:
+            continue
         size = tensor.numel() * tensor.element_size()
         sizes[tensor.data_ptr()] = max(size, sizes.get(tensor.data_ptr(), 0))
-    return sum(sizes.values())
+    return sum(sizes.values()) + sum(int(size) for size in whole.values())
 
 
 def _model_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

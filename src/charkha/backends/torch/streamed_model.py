@@ -68,6 +68,17 @@ def require_streamable(skeleton: PreTrainedModel, base: BaseModelSpec, adapter: 
             )
 
 
+def why_refused(
+    skeleton: PreTrainedModel, base: BaseModelSpec, adapter: AdapterSpec, processes: int
+) -> UsageError | None:
+    """What `require_streamable` raises for it; None where it can be streamed."""
+    try:
+        require_streamable(skeleton, base, adapter, processes)
+    except UsageError as refusal:
+        return refusal
+    return None
+
+
 def _require_experts_streamable(
     skeleton: PreTrainedModel, layers: list[tuple[str, torch.nn.Module]], base: BaseModelSpec, adapter: AdapterSpec
 ) -> None:

@@ -24,11 +24,12 @@ from charkha.backends.torch.expert_slots import POISON, ExpertSlots, overwritten
 from charkha.backends.torch.slabs import Piece, Slab
 from charkha.backends.torch.transfers import DiskToDevice, DiskToMemory, RamToDevice, Slot, Traffic, Transfer
 from charkha.errors import EnvironmentProblem
+from charkha.hardware.free_memory import free_host_bytes
+from charkha.plan.streamed import RAM_LEFT_BYTES, hot_layers_of
 from charkha.units import format_bytes
 
 logger = logging.getLogger(__name__)
 _ORDER_KEPT = 4096  # loads whose order is remembered, for people who look
-_RAM_LEFT_BYTES = 4 << 30  # beside a pinned base, for the process, the system and checkpoints
 
 
 class Engine:
@@ -77,11 +78,15 @@ class Engine:
         return max(self.slab.layers[number].byte_count for number in self.cold[turn::slots])
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """All that the engine holds on the device: the slots, those of experts, and the layers that stay."""
+        of_experts = self.experts.buffers if self.experts else []
+        return [*(slot.buffer for slot in self.slots), *self._hot.values(), *of_experts]
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of all buffers."""
-        buffers = [*(slot.buffer for slot in self.slots), *self._hot.values()]
-        of_experts = self.experts.device_bytes if self.experts else 0
-        return sum(int(buffer.numel()) for buffer in buffers) + of_experts
+        return sum(int(buffer.numel()) for buffer in self.buffers)
 
     def view(self, layer: int, piece: Piece) -> torch.Tensor:
         """The piece as a tensor in the buffer that its layer always lies in."""
@@ -154,12 +159,12 @@ class Engine:
 def open_engine(
     slab: Slab, *, slots: int, hot_layers: int, tier: str, device: torch.device, expert_slots: int = 0
 ) -> Engine:
-    """An engine over a slab on a CPU or CUDA device; `hot_layers` first layers stay on the device.
+    """An engine over a slab on a CPU or CUDA device; `hot_layers` of its layers stay on the device.
 
     Raises EnvironmentProblem when nothing can be pinned.
     """
     traffic = Traffic()
-    hot = range(min(hot_layers, len(slab.layers)))
+    hot = hot_layers_of(len(slab.layers), hot_layers)
     poison = os.environ.get("CHARKHA_STREAMING_DEBUG") == "1"
     transfer = _transfer(slab, tier, device)(slab, traffic)
     return Engine(
@@ -190,15 +195,14 @@ def _ram_or_disk(slab: Slab, traffic: Traffic) -> Transfer:
     try:
         return RamToDevice(slab, traffic)
     except EnvironmentProblem as problem:
-        logger.warning("%s; layers are read from the disk in every step, which is slower", problem.message)
+        slower = "layers are read from the disk in every step, which is slower"
+        logger.warning("%s; %s. To change that: %s", problem.message, slower, problem.remedy)
         return DiskToDevice(slab, traffic)
 
 
 def _fits_in_ram(slab: Slab) -> bool:
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    if slab.total_bytes + _RAM_LEFT_BYTES <= available:
+    available = free_host_bytes()
+    if slab.total_bytes + RAM_LEFT_BYTES <= available:
         return True
     logger.warning(
         "the base needs %s of host RAM and %s are available; layers are read from the disk in every step",

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, set_seed
 from trl import SFTTrainer
+from trl.models import enable_selective_activation_checkpointing
 
 from charkha.backends.base import (
     AdapterSpec,
@@ -37,6 +38,7 @@ from charkha.backends.base import (
 from charkha.backends.torch import state as saved_state
 from charkha.backends.torch.adapters import attach_adapter
 from charkha.backends.torch.batches import IGNORED, MicroBatchPlan, plan_micro_batches
+from charkha.backends.torch.copy_watch import CopyWatch, where_layers_wait
 from charkha.backends.torch.device_errors import device_errors_told
 from charkha.backends.torch.keeper import Keeper
 from charkha.backends.torch.loss import choose_loss, training_loss
@@ -97,6 +99,10 @@ def train(
         window = PeakWindow(micro_batches.largest_step_after_first(plan.total_steps))
         if base.device == "cpu" and ranks.is_first:
             trainer.add_callback(window)
+        engine = engine_of(model)
+        if engine is not None:
+            record("note", text=where_layers_wait(engine))
+            trainer.add_callback(CopyWatch(engine, record, base.streaming))
         trainer.add_callback(keeper)
         ranks.take_from_first(parameter for _name, parameter in saved_state.trainable(model))
         _draw_apart(plan.seed, ranks)
@@ -144,9 +150,14 @@ def build(
 
     The trainer takes as many steps as `plan` says, or as there are chosen ones.
     """
-    set_seed(plan.seed)  # before the adapter draws its first numbers: the same in every process
     with device_errors_told(loading=True):
-        model = attach_adapter(load_base(_training_precision(base, adapter)), adapter, plan.gradient_checkpointing)
+        model = load_base(_training_precision(base, adapter))
+        # Before the adapter draws its first numbers, and after loading, which draws some for what it takes to be new.
+        set_seed(plan.seed)
+        if plan.selective:
+            # On the model itself: TRL would put it on PEFT's wrapper, which transformers passes by.
+            enable_selective_activation_checkpointing(model)
+        model = attach_adapter(model, adapter, plan.gradient_checkpointing)
     with device_errors_told():
         one_row = plan.packing is not None and _lay_out_packed_rows(model, base, train_shard, pad_id, record)
     whole = plan_micro_batches(plan, train_shard, fingerprint, one_row=one_row, processes=ranks.count)
