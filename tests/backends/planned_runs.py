@@ -85,7 +85,7 @@ class PlannedRun:
 
     def measured_bytes(self, base: Path, work: Path, device: str = "cpu") -> int:
         """Peak bytes of two steps of the real trainer, by the device's own allocator."""
-        outcome = self._train(base, work, device, held_out=())
+        outcome = self.trained(base, work, device, held_out=())
         assert outcome.peak_memory_bytes is not None
         return outcome.peak_memory_bytes
 
@@ -109,12 +109,13 @@ class PlannedRun:
             return result
 
         with mock.patch.object(trainer, "build", kept), mock.patch.object(keeper, "held_out_loss", measured):
-            self._train(base, work, "cpu", held_out=lengths)
+            self.trained(base, work, "cpu", held_out=lengths)
         assert len(peaks) == 2  # before the first step, and after the last
         assert peaks[1] is not None
         return peaks[1]
 
-    def _train(self, base: Path, work: Path, device: str, *, held_out: tuple[int, ...]) -> Any:
+    def trained(self, base: Path, work: Path, device: str, *, held_out: tuple[int, ...]) -> Any:
+        """What the real trainer says of two steps, with the held-out loss of such rows before and after."""
         from charkha.backends.torch import trainer
 
         vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]

@@ -62,9 +62,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
 
 
-def preview(run: PlannedRun, base: Path, held_out: tuple[int, ...]) -> MemoryPreview:
+def preview(run: PlannedRun, base: Path, held_out: tuple[int, ...], device: str = "cpu") -> MemoryPreview:
     settings: dict[str, Any] = {
         "dtype": run.dtype, "method": run.method, "quantization": run.quantization, "loss_head": run.loss_head,
+        "device": device,
     }  # fmt: skip
     return preview_memory(
         read_architecture(json.loads((base / "config.json").read_text(encoding="utf-8"))),
@@ -74,7 +75,6 @@ def preview(run: PlannedRun, base: Path, held_out: tuple[int, ...]) -> MemoryPre
             r=8,
             lora_dropout=run.lora_dropout,
             gradient_checkpointing=run.checkpointing == "full",
-            device="cpu",
             attention=run.attention,
             num_virtual_tokens=8 if run.method == "prompt_tuning" else 0,
             held_out=(HeldOutBatch(len(held_out), max(held_out), len(set(held_out)) > 1),),
@@ -150,3 +150,17 @@ def test_the_held_out_loss_in_chunks_is_that_of_all_logits(kind, bases, monkeypa
     assert (chunks.tokens, chunks.row_losses[0]) == (whole.tokens, 0.0)
     assert chunks.row_losses == pytest.approx(whole.row_losses, rel=1e-6)
     assert held_out_loss(model, shard, 0).row_losses == chunks.row_losses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_gpu_holds_what_is_predicted_of_an_evaluation(quantization, bases, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    run = PlannedRun("16M", lengths=(64,), quantization=quantization, settings={"vocab_size": 32000})
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    measured = run.trained(run.base(bases), tmp_path, "cuda", held_out=(1024,) * 4).peak_memory_bytes
+    found = preview(run, run.base(bases), (1024,) * 4, "cuda")
+    assert found.peak_moment == EVALUATION
+    assert found.peak_bytes == pytest.approx(measured, rel=0.1)

@@ -214,7 +214,7 @@ def test_a_run_whose_manifest_is_broken(project: MakeProject) -> None:
 
 
 def test_a_loss_that_is_not_finite_exits_7(project: MakeProject) -> None:
-    training = {"learning_rate": 1e17, "lr_scheduler_type": "constant", "max_steps": 30}
+    training = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_steps": 30}
     work = project(training=training)
     answer = charkha("train", work.config, "--json")
     assert answer.code == 7

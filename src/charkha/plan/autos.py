@@ -102,7 +102,7 @@ def pick(
     best = min((way.fit for way in open_ways), key=_ORDER.index)
     equal = [way for way in open_ways if way.fit == best]
     if best in ("near", "too_much"):
-        taken = min(equal, key=lambda way: (way.needs, way.seconds))
+        taken = min(equal, key=lambda way: (way.needs, way.candidate.preview.step_bytes, way.seconds))
     else:
         slowest = _AS_FAST * min(way.seconds for way in equal)
         as_fast = [way for way in equal if way.seconds <= slowest]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from charkha.plan.activations import forward_alone, layer_memory, norm_bytes
 from charkha.plan.architecture import Architecture
 from charkha.plan.attention_tape import is_masked
-from charkha.plan.loss_memory import CHUNK_BYTES
+from charkha.plan.loss_memory import CHUNK_BYTES, head_memory
 from charkha.plan.memory_settings import FULL_BYTES, HALF_BYTES, HeldOutBatch, MemorySettings
 
 HELD_OUT_TOKENS = 4096  # rows x longest row of a batch; a longer row stands alone
@@ -129,8 +129,12 @@ def _head(architecture: Architecture, settings: MemorySettings, width: int) -> d
 def _chunks(architecture: Architecture, settings: MemorySettings, width: int) -> dict[str, int]:
     """Hidden states where a token counts, of all rows, and fp32 logits of a chunk with the exponential of each.
 
-    A soft cap's quotient and tangent stand beside them.
+    A soft cap's quotient and tangent stand beside them. Through a head on the host a chunk is a block of the vocabulary
+    for all positions, whose weights are there and the next one's.
     """
+    if settings.streamed and settings.host_tables == "both":
+        # The memory of training's block, which holds gradients too.
+        return {"logits_and_loss": head_memory(architecture, settings).loss_forward}
     rows = min(settings.positions, max(1, CHUNK_BYTES // (FULL_BYTES * architecture.vocab_size)))
     beside = 3 if architecture.logit_softcap else 2
     return {

@@ -277,6 +277,11 @@ def _safe_softmax(args: tuple[Any, ...], result: Any) -> Iterable[int]:
     yield args[0].numel()
 
 
+def _logsumexp(args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    """native/ReduceOps.cpp: the exponentials."""
+    yield args[0].numel() * args[0].element_size()
+
+
 def _gemm_4bit_on_cpu(args: tuple[Any, ...], result: Any) -> Iterable[int]:
     return _unpacked(args, copies_of_constants=1)
 
@@ -295,6 +300,7 @@ def _int8_product_on_cpu(args: tuple[Any, ...], result: Any) -> Iterable[int]:
 
 _INSIDE_ON_CPU: dict[str, Callable[[tuple[Any, ...], Any], Iterable[int]]] = {
     "aten._safe_softmax.default": _safe_softmax,
+    "aten.logsumexp.default": _logsumexp,
     "bitsandbytes.gemm_4bit.default": _gemm_4bit_on_cpu,
     "bitsandbytes.int8_vectorwise_quant.default": _int8_quantization_on_cpu,
     "bitsandbytes.int8_mixed_scaled_mm.default": _int8_product_on_cpu,
@@ -305,6 +311,7 @@ _INSIDE: dict[str, Callable[[tuple[Any, ...], Any], Iterable[int]]] = {
     "aten._scaled_dot_product_efficient_attention_backward.default": _efficient_backward,
     "aten._scaled_dot_product_cudnn_attention_backward.default": _cudnn_backward,
     "aten._safe_softmax.default": _safe_softmax,
+    "aten.logsumexp.default": _logsumexp,
     "bitsandbytes.gemm_4bit.default": _gemm_4bit,
     "bitsandbytes.int8_vectorwise_quant.default": _int8_quantization,
     "bitsandbytes.int8_mixed_scaled_mm.default": _int8_product,

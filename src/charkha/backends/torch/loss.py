@@ -119,9 +119,10 @@ def losses_in_chunks(model: Any, inputs: dict[str, torch.Tensor], targets: torch
     """
     hidden = _last_hidden_states(model, inputs)
     wanted = targets != IGNORED
+    rows, columns = wanted.nonzero(as_tuple=True)
     causal = causal_model(model)
     head, softcap = causal.get_output_embeddings(), _softcap(causal)
-    kept, labels = hidden[:, :-1][wanted], targets[wanted]
+    kept, labels = hidden[rows, columns], targets[rows, columns]
     del hidden
     if isinstance(head, HostHead):
         losses = streamed_losses(kept, head, labels, softcap)
