@@ -146,6 +146,8 @@ def planned_settings(
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
     if settings.streamed:
         reasons.append(streamed_note(architecture, settings))
+    elif model.cannot_stay is not None:
+        reasons.append(f"{model.cannot_stay}: `charkha train` refuses them resident")
     if (config.training.loss_head, settings.loss_head) == ("full", "chunked"):
         reasons.append("training.loss_head: chunked all the same, since a head on the host comes in blocks")
     step = StepMemory(
