@@ -5,8 +5,10 @@ What a GPU does with the copies is in tests/gpu/test_streaming_cuda.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,3 +89,45 @@ def test_only_what_cannot_be_pinned_sends_layers_from_the_disk(slab, monkeypatch
         monkeypatch.setattr(streaming, "RamToDevice", pinning(error))
         with pytest.raises(type(error), match=error.message):
             make(slab, Traffic())
+
+
+def whole(reader: Any) -> bytes:
+    import torch
+
+    target = torch.full((SIZE,), 7, dtype=torch.uint8)
+    reader.read(0, target)
+    return bytes(target)
+
+
+def test_a_disk_that_takes_back_direct_reads_is_read_through_the_cache(slab, monkeypatch):
+    from charkha.backends.torch import transfers
+
+    real, asked = os.preadv, []
+
+    def refuse_direct(descriptor: int, buffers: Any, position: int) -> int:
+        asked.append(descriptor)
+        if len(asked) == 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers, position)
+
+    monkeypatch.setattr(transfers.os, "preadv", refuse_direct)
+    reader = transfers.LayerReader(slab)
+    reader.is_direct = True  # whatever the disk of these tests knows
+    assert whole(reader) == bytes(SIZE)
+    assert (reader.is_direct, len(asked)) == (False, 2)
+
+
+@pytest.mark.parametrize(("cut", "told"), [(True, "ended while it was read"), (False, "cannot be read: Input/output")])
+def test_a_file_that_cannot_be_read_to_its_end_is_told_with_what_to_do(slab, monkeypatch, cut, told):
+    from charkha.backends.torch import transfers
+
+    def broken(descriptor: int, buffers: Any, position: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    if cut:
+        os.truncate(slab.path, 100)
+    else:
+        monkeypatch.setattr(transfers.os, "preadv", broken)
+    with pytest.raises(EnvironmentProblem, match=told) as caught:
+        whole(transfers.LayerReader(slab))
+    assert "run the same command again" in (caught.value.remedy or "")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_OTHER_HEADS = ("embed_out.weight",)  # names of heads in files (GPT-NeoX), which transformers renames
+
+
 def keep_tables_on_host(model: PreTrainedModel, base: BaseModelSpec) -> None:
     """Takes the weights out of embedding and head of a model that is not loaded yet, as `base.streaming` says.
 
@@ -53,7 +56,7 @@ def bind_tables(model: PreTrainedModel, weights: Weights, base: BaseModelSpec, d
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     of_embedding, of_head = names[id(embedding)], names.get(id(head), "")
     if isinstance(head, HostHead):
-        stored = [of_head, of_embedding] if _is_tied(model) else [of_head]
+        stored = [of_head, of_embedding] if _is_tied(model) else [of_head, *_OTHER_HEADS]
         head.table, head.device = open_table(weights, stored, dtype, str(base.path)), device
     if isinstance(embedding, HostEmbedding):
         if _is_tied(model):

@@ -14,6 +14,7 @@ caching allocator needs no record_stream; two events per slot order the streams
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -93,15 +94,14 @@ class LayerReader:
     def __init__(self, slab: Slab, *, direct: bool = False) -> None:
         self._slab = slab
         self._seen: set[int] = set()
-        self.is_direct = False
         flag = getattr(os, "O_DIRECT", 0) if direct else 0
+        self.is_direct = bool(flag)
         try:
             self._descriptor = os.open(slab.path, os.O_RDONLY | flag)
-            self.is_direct = bool(flag)
         except OSError:
             if not flag:
                 raise
-            self._descriptor = os.open(slab.path, os.O_RDONLY)  # tmpfs and some network disks know no direct reads
+            self._read_through_the_cache()
 
     def read(self, number: int, target: torch.Tensor) -> None:
         """Fills the beginning of `target` (uint8, host memory; aligned to 4096 bytes where reads are direct)."""
@@ -116,11 +116,32 @@ class LayerReader:
         whole = memoryview(target.numpy())[: layer.byte_count]
         rest, position = whole, layer.offset
         while len(rest):
-            count = os.preadv(self._descriptor, [rest], position)
+            count = self._read_some(rest, position)
             if not count:
-                raise EnvironmentProblem("ended while it was read", where=str(self._slab.path))
+                raise self._unreadable("ended while it was read", "what is missing is made again")
             rest, position = rest[count:], position + count
         return whole
+
+    def _read_some(self, target: memoryview, position: int) -> int:
+        try:
+            return os.preadv(self._descriptor, [target], position)
+        except OSError as error:
+            if self.is_direct and error.errno == errno.EINVAL:
+                direct = self._descriptor
+                self._read_through_the_cache()
+                os.close(direct)
+                return self._read_some(target, position)
+            again = "with its folder removed, it is made again; look at the health of this disk"
+            raise self._unreadable(f"cannot be read: {error.strerror}", again) from error
+
+    def _read_through_the_cache(self) -> None:
+        """Opens the file anew: tmpfs and some network disks know no direct reads, or say so only when asked for one."""
+        self._descriptor = os.open(self._slab.path, os.O_RDONLY)
+        self.is_direct = False
+
+    def _unreadable(self, message: str, again: str) -> EnvironmentProblem:
+        remedy = f"run the same command again: {again}, and the run goes on from its newest checkpoint"
+        return EnvironmentProblem(message, where=str(self._slab.path), remedy=remedy)
 
     def forget_cached(self, layer: SlabLayer) -> None:
         """Tells the system that these pages will not be read again soon."""
