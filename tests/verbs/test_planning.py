@@ -376,6 +376,7 @@ def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_rea
         ("adapter.layers_to_transform=[32]", "adapter.layers_to_transform"),
         ("adapter.rank_pattern={'(': 8}", "adapter.rank_pattern"),
         ("devices.processes=3", "devices.processes"),
+        ("model.placement=streamed", "model.placement"),
     ],
 )
 def test_what_training_would_refuse_is_not_planned_for(workshop: Path, wish: str, key: str) -> None:
