@@ -191,8 +191,13 @@ def _data(
 
     counted = count_rows(loaded.config, sources)
     note = f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"
+    notes = [note]
+    if wished and not counted.held_out:
+        notes.append(
+            f"data.eval {loaded.config.data.eval} leaves no row to train on, which training refuses: all are counted"
+        )
     rows = Rows(max_length, float(max_length), counted.train, packed=packed)
-    return _Data(rows, counted.held_out > 0, (note,))
+    return _Data(rows, counted.held_out > 0, tuple(notes))
 
 
 def _sources(loaded: LoadedConfig) -> tuple[list[Source], str | None]:
