@@ -361,8 +361,10 @@ def test_without_a_tokenizer_held_out_rows_are_not_counted_as_trained(workshop: 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_said(workshop: Path) -> None:
     whole = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=null")
+    none = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=0%")
+    assert not any("leaves no row" in reason for reason in none["reasons"])
     record = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=100")
-    assert record["seconds"] == whole["seconds"]
+    assert record["seconds"] == none["seconds"] == whole["seconds"]
     assert any("data.eval 100 leaves no row to train on" in reason for reason in record["reasons"])
 
 

@@ -192,7 +192,7 @@ def _data(
     counted = count_rows(loaded.config, sources)
     note = f"no tokenizer beside the base model: every row is counted as max_length, {max_length} tokens"
     notes = [note]
-    if wished and not counted.held_out:
+    if counted.leaves_none:
         notes.append(
             f"data.eval {loaded.config.data.eval} leaves no row to train on, which training refuses: all are counted"
         )
