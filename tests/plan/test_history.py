@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from charkha.plan.architecture import read_architecture
@@ -27,6 +28,7 @@ from charkha.plan.history import (
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
 from charkha.store.jsonl import add_line, read_lines
+from charkha.verbs.planned_probe import PROBE_P90
 
 CONFIG = popular_config("meta-llama/Llama-3.1-8B-Instruct")
 assert CONFIG is not None
@@ -51,6 +53,14 @@ def test_that_scatter_is_what_the_page_of_published_runs_says() -> None:
     told = re.search(r"Nine of ten runs of class A took at most ([\d.]+) times", page)
     assert told is not None
     assert PUBLISHED_P90["cuda"] == pytest.approx(float(told[1]), abs=0.05)
+
+
+def test_where_nobody_publishes_runs_and_after_a_probe_it_is_what_was_measured() -> None:
+    path = Path(__file__).resolve().parents[2] / "benchmarks/results/probe.json"
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    for told, figure in (("closed_form_seconds", PUBLISHED_P90["cpu"]), ("probe_seconds", PROBE_P90)):
+        ratios = [case["measured_seconds"] / case[told] for case in cases]
+        assert figure == pytest.approx(np.percentile(ratios, 90), rel=0.01)
 
 
 def test_the_more_runs_the_nearer_to_their_median() -> None:

@@ -386,6 +386,15 @@ def test_without_a_tokenizer_held_out_rows_are_not_counted_as_trained(workshop: 
     assert record["seconds"] == pytest.approx(rows * full_steps, rel=0.05)
 
 
+def test_a_split_that_leaves_nothing_to_train_on_is_said(workshop: Path) -> None:
+    whole = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=null")
+    none = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=0%")
+    assert not any("leaves no row" in reason for reason in none["reasons"])
+    record = plan(workshop, "--gpu", "rtx 4090", "--set", "data.eval=100")
+    assert record["seconds"] == none["seconds"] == whole["seconds"]
+    assert any("data.eval 100 leaves no row to train on" in reason for reason in record["reasons"])
+
+
 def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_read_are_refused(workshop: Path) -> None:
     once = plan(workshop, "--gpu", "rtx 4090")["seconds"]
     thrice = plan(workshop, "--gpu", "rtx 4090", "--set", "data.train=[{path: rows.jsonl, weight: 3}]")["seconds"]
@@ -403,6 +412,7 @@ def test_without_a_tokenizer_sources_count_by_weight_and_rows_that_cannot_be_rea
         ("adapter.layers_to_transform=[32]", "adapter.layers_to_transform"),
         ("adapter.rank_pattern={'(': 8}", "adapter.rank_pattern"),
         ("devices.processes=3", "devices.processes"),
+        ("model.placement=streamed", "model.placement"),
     ],
 )
 def test_what_training_would_refuse_is_not_planned_for(workshop: Path, wish: str, key: str) -> None:

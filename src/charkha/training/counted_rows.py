@@ -17,6 +17,7 @@ class CountedRows:
 
     train: int
     held_out: int
+    leaves_none: bool = False  # whether the split would leave no row to train on, so that all are counted
 
 
 def count_rows(config: Config, sources: Sequence[Source]) -> CountedRows:
@@ -33,7 +34,7 @@ def count_rows(config: Config, sources: Sequence[Source]) -> CountedRows:
         return CountedRows(round(_weighted(counts, sources)), 1)  # in a file of their own, however many
     held_out = held_out_count(wish, rows) if wish else 0
     if held_out >= rows:
-        return CountedRows(round(_weighted(counts, sources)), 0)
+        return CountedRows(round(_weighted(counts, sources)), 0, leaves_none=True)
     return CountedRows(round(_weighted(counts, sources) * (1 - held_out / rows)), held_out)
 
 
