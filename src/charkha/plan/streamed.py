@@ -11,6 +11,7 @@ from typing import Any
 
 from charkha.plan.architecture import Architecture
 from charkha.plan.memory_settings import FULL_BYTES, MemorySettings
+from charkha.plan.weights import why_not_quantized
 
 # As backends/torch/slabs.py lays layers out; a test compares whole files with these.
 LAYER_ALIGNMENT, PIECE_ALIGNMENT = 4096, 512
@@ -114,7 +115,7 @@ def is_possible(architecture: Architecture, settings: MemorySettings) -> bool:
     """Whether nothing is known against holding the base as these settings do, whatever memory there is."""
     shape = {"model_type": architecture.model_type, "num_experts": architecture.experts and architecture.experts.count}
     if not settings.streamed:
-        return settings.experts_in_turn or why_not_resident(shape, settings.quantization) is None
+        return why_not_quantized(architecture, settings) is None
     why = why_not_streamed(
         shape,
         settings.method,

@@ -50,6 +50,15 @@ def quantized_layer_bytes(architecture: Architecture, settings: MemorySettings) 
     return sum((weights + 1) // 2 for weights, _ in matrices), constants
 
 
+def why_not_quantized(architecture: Architecture, settings: MemorySettings) -> str | None:
+    """Why training refuses a resident base of that storage; None where it does not."""
+    if (settings.method, settings.quantization, settings.device) == ("dora", "int8", "cpu"):
+        return "PEFT's DoRA loses the scales of int8 weights on a CPU"
+    if settings.quantization == "none" or architecture.experts is None or settings.experts_in_turn:
+        return None
+    return "this model's experts are 3-D parameters, which would stay whole"
+
+
 def base_weight_bytes(architecture: Architecture, settings: MemorySettings) -> int:
     """Bytes of the whole base, unsharded: `full` holds what is trained, 4 and 8 bits cover the linear layers only."""
     if settings.quantization == "none":

@@ -25,6 +25,7 @@ from charkha.plan.placement import place
 from charkha.plan.rows import Rows
 from charkha.plan.search import evaluate
 from charkha.plan.streamed import why_not_resident, why_not_streamed
+from charkha.plan.weights import adapts_experts, why_not_quantized
 from charkha.training.choices import ALL_KERNELS, Chooser, DeviceFacts, StepMemory
 from charkha.training.placing import PLACEMENT, offloaded_note, streamed_note, take_tables
 
@@ -151,9 +152,6 @@ def planned_settings(
         chooser.gradient_checkpointing(rows.longest, architecture.parameters)
     if settings.streamed:
         reasons.append(streamed_note(architecture, settings))
-    elif model.cannot_stay is not None:
-        asked = f"{model.quantization} is planned for, but training refuses it"
-        reasons.append(f"model.quantization: {asked}: {model.cannot_stay}")
     if chooser.offloads_activations:
         reasons.append(offloaded_note(architecture, settings))
     if (config.training.loss_head, settings.loss_head) == ("full", "chunked"):
@@ -357,4 +355,9 @@ def _not_carried_out(config: Config, architecture: Architecture, settings: Memor
         f"{key}: {value} is planned for, but `charkha train` of this version does not carry it out ({works} works)"
         for key, (value, works) in told.items()
     ]
+    refusal = None if settings.streamed else why_not_quantized(architecture, settings)
+    if refusal is not None:
+        said.append(f"model.quantization: {settings.quantization} is planned for, but training refuses it: {refusal}")
+    if adapts_experts(architecture, settings) and settings.lora_dropout > 0:
+        said.append("adapter.lora_dropout: training refuses any on this model's experts; use 0, or name target_modules")
     return said

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from charkha.carried_out import CARRIED_OUT
 from charkha.config import Config
 from charkha.config_file import LoadedConfig, load_config
-from charkha.errors import ConfigError, ConfigProblem, DataError, EnvironmentProblem, UsageError
+from charkha.errors import DataError, EnvironmentProblem, UsageError
 from charkha.hardware.machine import Machine, this_machine
 from charkha.hardware.machine_file import machine_of, machine_record
 from charkha.plan.adapter_names import require_names
@@ -80,7 +80,6 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     require_names(loaded.config.adapter, architecture)
     chooser = Chooser(loaded.config, device_facts(machine))
     model = choose_model(loaded.config, chooser, machine, base.config, architecture.parameters)
-    _require_streamable(loaded.config, model)
     max_length = chooser.max_length(architecture.max_positions)
     data = _data(loaded, base, max_length, chooser, model, machine)
     rows = data.rows
@@ -114,13 +113,6 @@ def make_plan(wish: PlanWish) -> dict[str, Any]:
     if not record["fits"]:
         record["exit_code"] = 3
     return record
-
-
-def _require_streamable(config: Config, model: ModelChoices) -> None:
-    """Raises ConfigError for a streamed base that training would refuse."""
-    if config.model.placement == "streamed" and model.cannot_stream is not None:
-        reason = f"'streamed' cannot be used here: {model.cannot_stream}"
-        raise ConfigError("config", [ConfigProblem("model.placement", reason, remedy="use auto or resident")])
 
 
 def _tariff_note(loaded: LoadedConfig) -> list[str]:
