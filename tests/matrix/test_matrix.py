@@ -37,7 +37,13 @@ def tried(
     return outcomes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of several that share a model class, or differ in numbers alone, one goes in every run of the tests.
+ALIKE = ("Llama 2", "SmolLM", "Gemma 1", "Falcon 40B")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.long) if family in ALIKE else family for family in FAMILIES]
+)
 def test_every_family_goes_the_whole_road(project: MakeProject, model_folder: Callable[..., Path], family: str) -> None:
     chosen = FAMILIES[family]
     base = model_folder(chosen.model_type, **chosen.settings)

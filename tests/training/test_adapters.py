@@ -38,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 # One of each sort in every run of the tests; the others, a few seconds each, with the long ones.
 QUICK = (
-    "dora", "prompt_tuning", "lora+ with patterns and a head trained whole", "dora on nf4", "ia3 on int8 in bf16",
+    "prompt_tuning", "lora+ with patterns and a head trained whole", "dora on nf4", "ia3 on int8 in bf16",
     "adamw_8bit on every weight",
 )  # fmt: skip
 

@@ -167,7 +167,10 @@ def test_documents_are_apart_in_eager_attention_too(kind: str) -> None:
     assert proof_of(small_model(kind, "eager")).holds
 
 
-@pytest.mark.parametrize("kind", sorted(LEAK))
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long) if kind == "granitemoehybrid" else kind for kind in sorted(LEAK)],
+)
 def test_architectures_on_the_other_list_let_documents_see_each_other(kind: str) -> None:
     proof = proof_of(small_model(kind))
     assert not proof.holds

@@ -51,7 +51,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LONG_KINDS = ("full", "bf16")  # which others hold too
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in LONG_KINDS else kind for kind in KINDS]
+)
 def test_a_stopped_run_ends_as_if_it_had_never_been_stopped(project: MakeProject, kind: str) -> None:
     work = project(**KINDS[kind])
     whole, _ = work.train(output="whole")

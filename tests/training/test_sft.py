@@ -16,7 +16,7 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
     return [event["loss"] for event in events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("mistral", marks=pytest.mark.long), "qwen2"])
 def test_lora_learns_and_changes_nothing_but_its_matrices(project: MakeProject, kind: str) -> None:
     work = project(kind, training=LEARN)
     result, events = work.train()

@@ -49,7 +49,9 @@ def largest(left: list[np.ndarray], right: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in ("dora", "rslora") else kind for kind in KINDS]
+)
 def test_a_merged_model_answers_as_base_and_adapter_do(
     project: MakeProject, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -113,7 +115,9 @@ def test_prompt_tuning_has_nothing_to_merge(project: MakeProject) -> None:
     assert not (work.run_folder() / "merged").exists()
 
 
-@pytest.mark.parametrize(("quantization", "method"), [("fp4", "lora"), ("fp4", "dora"), ("int8", "lora")])
+@pytest.mark.parametrize(
+    ("quantization", "method"), [pytest.param("fp4", "lora", marks=pytest.mark.long), ("fp4", "dora"), ("int8", "lora")]
+)
 def test_a_merge_onto_dequantized_weights_has_the_values_that_training_saw(
     project: MakeProject, quantization: str, method: str
 ) -> None:
