@@ -10,6 +10,7 @@ import pytest
 from charkha.hardware.catalog import find_gpu
 from charkha.hardware.machine import Machine
 from charkha.plan.architecture import read_architecture
+from charkha.plan.loss_memory import head_memory
 from charkha.plan.memory_settings import MemorySettings
 from charkha.plan.popular_models import popular_config
 from charkha.plan.speed import step_time
@@ -19,6 +20,7 @@ from charkha.plan.streamed import (
     moved_bytes,
     slab_bytes,
     slab_layer_bytes,
+    table_weights,
     usual_ram_bytes,
     waiting_bytes,
 )
@@ -61,6 +63,15 @@ def test_hot_layers_neither_move_nor_wait_and_the_disk_needs_two_buffers():
     assert waiting_bytes(LLAMA_70B, replace(hot, streamed_from="disk")) == 2 * layer
     assert waiting_bytes(LLAMA_70B, replace(hot, device="cpu")) == 0
     assert moved_bytes(LLAMA_70B, replace(hot, streamed_resident_layers=79)) == 0
+
+
+def test_a_head_on_the_host_comes_in_blocks_unless_the_models_own_loss_wants_all_logits():
+    chunked = replace(STREAMED, host_tables="both")
+    own = replace(chunked, loss_kernel="transformers_alone", loss_head="full")
+    logits = STREAMED.positions * LLAMA_70B.vocab_size
+    assert head_memory(LLAMA_70B, chunked).loss_forward < 2 * logits
+    assert head_memory(LLAMA_70B, own).loss_forward >= 12 * logits
+    assert table_weights(LLAMA_70B, own) == 2 * LLAMA_70B.vocab_size * LLAMA_70B.hidden_size
 
 
 @pytest.mark.parametrize("count", range(10))

@@ -36,7 +36,7 @@ def with_the_loss_that_runs(settings: MemorySettings, architecture: Architecture
 def head_memory(architecture: Architecture, settings: MemorySettings) -> HeadMemory:
     """What final norm, head and loss keep and need."""
     width = layer_memory(architecture, settings).stream_width
-    if settings.streamed and settings.host_tables == "both":
+    if settings.streamed and settings.host_tables == "both" and settings.loss_kernel == "own":
         return _in_blocks(architecture, settings, width)
     if settings.loss_head == "chunked":
         return _chunked(architecture, settings, width)
