@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from charkha.backends.base import Streaming
 from charkha.cli.app import app
 from charkha.config_file import load_config
 from charkha.store.runs import RunFolder
 from charkha.training.opening import open_session
-from charkha.training.remembering import remember_run, working_seconds
+from charkha.training.remembering import as_it_ran, remember_run, working_seconds
 
 
 @pytest.fixture
@@ -84,6 +85,12 @@ def test_a_run_that_gave_up_something_for_memory_is_remembered_as_it_ran(
     assert (before["shape"]["checkpointing"], after["shape"]["checkpointing"]) == (False, True)
     assert before["shape"]["positions"] == 4 * after["shape"]["positions"]
     assert after["planned_seconds"] > 1.2 * before["planned_seconds"]
+    moved = replace(session, plan=replace(changed, offload_activations=True))
+    bare = replace(moved, base=replace(session.base, streaming=Streaming(hot_layers=0)))
+    assert session.planned is not None
+    planned = replace(session.planned, settings=replace(session.planned.settings, streamed_resident_layers=3))
+    assert as_it_ran(moved, planned).offload == {"activations"}
+    assert as_it_ran(bare, planned).streamed_resident_layers == 0
 
 
 def test_a_step_that_stood_still_counts_as_a_usual_one() -> None:

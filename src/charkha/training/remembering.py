@@ -29,7 +29,7 @@ def remember_run(session: Session, events: list[dict[str, Any]], peak_bytes: int
     seconds = [float(event["seconds"]) for event in events if event["event"] == "step"]
     if folder is None or planned is None or len(seconds) < _FEWEST_STEPS:
         return None
-    settings = _as_it_ran(session, planned)
+    settings = as_it_ran(session, planned)
     config, machine = session.loaded.config, planned.machine
     found = evaluate(planned.architecture, settings, machine)
     planned_seconds = run_seconds(config, planned.architecture, machine, planned.rows, found)
@@ -52,13 +52,15 @@ def remember_run(session: Session, events: list[dict[str, Any]], peak_bytes: int
     return None
 
 
-def _as_it_ran(session: Session, planned: Planned) -> MemorySettings:
+def as_it_ran(session: Session, planned: Planned) -> MemorySettings:
     """The settings planned, with what was given up for memory since."""
-    plan = session.plan
+    plan, streaming, moved = session.plan, session.base.streaming, {"activations"}
     step = replace(
         planned.settings,
         gradient_checkpointing=plan.gradient_checkpointing,
         selective=plan.selective,
+        offload=planned.settings.offload - moved | (moved if plan.offload_activations else set()),
+        streamed_resident_layers=streaming.hot_layers if streaming else 0,
         loss_head=cast(Any, plan.loss_head),
     )
     return with_rows(step, plan.micro_batch_size, planned.rows, plan.batch_size)
