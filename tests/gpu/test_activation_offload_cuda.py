@@ -8,22 +8,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic_cuda")]
 
 LAYERS, HIDDEN, ROWS, TOKENS = 8, 256, 2, 1024
 INPUT_BYTES = ROWS * TOKENS * HIDDEN * 2  # bf16
-
-
-@pytest.fixture(autouse=True)
-def deterministic_cuda(monkeypatch, tmp_path):
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
-    monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

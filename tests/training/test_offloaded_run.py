@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from equal_runs import all_equal, losses
 
 from charkha.errors import ConfigError
 
@@ -23,20 +24,6 @@ def moving(monkeypatch):
 
     def asked(chooser):
         return "activations" in chooser._config.devices.offloaded
-
-
-def losses(events):
-    """Of every step and evaluation, by its place."""
-    names = {"step": "loss", "eval": "eval_loss"}
-    return {
-        (event["event"], event["step"]): event[names[event["event"]]] for event in events if event["event"] in names
-    }
-
-
-def all_equal(left, right):
-    import torch
-
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def long_rows(work, count=24):

@@ -7,6 +7,7 @@ import random
 import time
 
 import pytest
+from equal_runs import all_equal, losses
 
 LAYERS = 4
 
@@ -14,20 +15,6 @@ LAYERS = 4
 @pytest.fixture(autouse=True)
 def slab_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CHARKHA_CACHE", str(tmp_path / "cache"))
-
-
-def losses(events):
-    """Of every step and evaluation, by its place."""
-    names = {"step": "loss", "eval": "eval_loss"}
-    return {
-        (event["event"], event["step"]): event[names[event["event"]]] for event in events if event["event"] in names
-    }
-
-
-def all_equal(left, right):
-    import torch
-
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 STREAMED = "model.placement=streamed"
