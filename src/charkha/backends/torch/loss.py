@@ -189,7 +189,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]  # its base is u
                 slope = torch.exp(logits - logsum[:, None])
                 slope.scatter_add_(1, wanted[:, None], torch.full_like(wanted, -1, dtype=slope.dtype)[:, None])
                 if softcap:
-                    slope *= 1 - (logits / softcap) ** 2
+                    slope *= (logits / softcap).square_().neg_().add_(1)  # in place: no third tensor of this size
                 narrow = slope.to(dtype)
                 hidden_gradient[first : first + step] = narrow @ head
                 if weight_gradient is not None:
