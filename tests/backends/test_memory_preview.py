@@ -150,7 +150,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ON_ATTENTION = LORA_BF16 | {"target_modules": ("q_proj", "v_proj")}
 # A large vocabulary puts the peak into the loss, a small one into the layers.
 CASES = [
-    *with_and_without_checkpointing(LORA_FP32, LORA_BF16, FULL_FP32, NF4_BF16),
+    *with_and_without_checkpointing(LORA_FP32, NF4_BF16),
     Case("mistral", vocabulary=512, settings=NF4_FP32),
     Case("mistral", vocabulary=512, settings=LORA_BF16 | CHECKPOINTED | {"target_modules": ("q_proj", "v_proj")}),
     Case("qwen2", vocabulary=512, settings=LORA_BF16 | {"lora_dropout": 0.05}),
@@ -158,18 +158,26 @@ CASES = [
     Case(vocabulary=512, settings=LORA_FP32, lengths=(256, 250, 130)),
     Case(settings=FULL_FP32 | {"accumulation_steps": 2}, lengths=(32,), shape={"tie_word_embeddings": True}),
     Case(settings=LORA_BF16 | CHECKPOINTED | {"loss_head": "chunked"}),
-    Case(vocabulary=512, settings=LORA_BF16 | {"method": "dora"}),
     Case(vocabulary=512, settings=LORA_BF16 | CHECKPOINTED | {"method": "dora"}),
     Case(vocabulary=512, settings=LORA_BF16 | CHECKPOINTED | {"method": "ia3"}),
     Case(vocabulary=512, settings=LORA_BF16 | {"method": "prompt_tuning", "num_virtual_tokens": 20}),
     Case(vocabulary=512, settings=LORA_BF16 | {"quantization": "fp4"}),
-    Case("mixtral", vocabulary=512, settings=ON_ATTENTION, shape=EXPERTS),
     Case("mixtral", vocabulary=512, settings=ON_ATTENTION | CHECKPOINTED, shape=EXPERTS),
     Case(vocabulary=512, settings=FULL_FP32 | {"optimizer": "rmsprop"}, lengths=(16,)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
+# Of the same sorts: two dozen cells like them are held to the trace in every run.
+MORE_CASES = [
+    *with_and_without_checkpointing(LORA_BF16, FULL_FP32),
+    Case(vocabulary=512, settings=LORA_BF16 | {"method": "dora"}),
+    Case("mixtral", vocabulary=512, settings=ON_ATTENTION, shape=EXPERTS),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.long) for case in MORE_CASES)], ids=repr
+)
 def test_the_predicted_peak_is_the_measured_one(case, model_folder, tmp_path):
     base = model_folder(case)
     _, measured = train_two_steps(case, base, tmp_path)

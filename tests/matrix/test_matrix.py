@@ -38,7 +38,7 @@ def tried(
 
 
 # Of several that share a model class, or differ in numbers alone, one goes in every run of the tests.
-ALIKE = ("Llama 2", "SmolLM", "Gemma 1", "Falcon 40B")
+ALIKE = ("Llama 2", "SmolLM", "Gemma 1", "Falcon 40B", "Qwen 2 and 2.5")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def test_columns_of_another_name_are_answered_with_the_mapping_which_then_works(
     assert result.status == "done"
 
 
-@pytest.mark.parametrize(("quantization", "before", "after"), [("none", 3.3, 2.35), ("nf4", 3.45, 2.4)])
+@pytest.mark.parametrize(
+    ("quantization", "before", "after"), [pytest.param("none", 3.3, 2.35, marks=pytest.mark.long), ("nf4", 3.45, 2.4)]
+)
 def test_a_real_model_learns_real_stories_and_keeps_what_it_learned_when_merged(
     project: MakeProject, quantization: str, before: float, after: float
 ) -> None:

@@ -51,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-LONG_KINDS = ("full", "bf16")  # which others hold too
+LONG_KINDS = ("full", "bf16", "gradient checkpointing")  # which others hold too
 
 
 @pytest.mark.parametrize(
